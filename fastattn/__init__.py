@@ -1,0 +1,30 @@
+"""fastattn: fused attention, LayerNorm and softmax for PyTorch Transformers, right at the edges.
+
+    o = fastattn.attention(q, k, v, causal=True)          # (B, H, S, D)
+    model = fastattn.nn.TransformerEncoderLayer(512, 8)   # torch.nn's arguments, state dict and outputs
+"""
+
+from fastattn import autograd, errors, functional, nn
+from fastattn.functional import (
+    attention,
+    explain,
+    layer_norm,
+    log_softmax,
+    scaled_dot_product_attention,
+    softmax,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "attention",
+    "autograd",
+    "errors",
+    "explain",
+    "functional",
+    "layer_norm",
+    "log_softmax",
+    "nn",
+    "scaled_dot_product_attention",
+    "softmax",
+]

@@ -1,0 +1,274 @@
+"""From the caller's keywords to a spec: every check of the public functions, each error a sentence.
+
+The `*_spec` functions see shapes, dtypes and plain values, not tensors, so that their answers can be kept.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn.errors import ArgumentError, ArgumentTypeError, UnsupportedError
+from fastattn.spec import AttentionSpec, NormSpec, SoftmaxSpec
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_ALIGNMENTS = ("top_left", "bottom_right")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def check_tensor(fn: str, name: str, value: Any, optional: bool = False) -> None:
+    if not isinstance(value, Tensor) and not (optional and value is None):
+        accepted = "a torch.Tensor or None" if optional else "a torch.Tensor"
+        raise ArgumentTypeError(f"{fn}: `{name}` is a {type(value).__name__}; it must be {accepted}.")
+
+
+def check_float_dtype(fn: str, name: str, dtype: torch.dtype) -> None:
+    if dtype not in FLOAT_DTYPES:
+        accepted = ", ".join(dtype_name(d) for d in FLOAT_DTYPES)
+        raise ArgumentTypeError(f"{fn}: `{name}` has dtype {dtype_name(dtype)}; it must be one of {accepted}.")
+
+
+def check_same_device(fn: str, name: str, device: torch.device, first: str, expected: torch.device) -> None:
+    if device != expected:
+        raise ArgumentError(f"{fn}: `{name}` is on {device} and `{first}` on {expected}; they must be on one device.")
+
+
+def check_real(fn: str, name: str, value: Any, optional: bool = False) -> None:
+    if optional and value is None:
+        return
+    if not isinstance(value, (numbers.Real, torch.SymFloat)) or isinstance(value, bool):
+        accepted = "a number or None" if optional else "a number"
+        raise ArgumentTypeError(f"{fn}: `{name}` is a {type(value).__name__}; it must be {accepted}.")
+    if not isinstance(value, torch.SymFloat) and not math.isfinite(value):
+        raise ArgumentError(f"{fn}: `{name}` is {value}; it must be finite.")
+
+
+def check_bool(fn: str, name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ArgumentTypeError(f"{fn}: `{name}` is a {type(value).__name__}; it must be True or False.")
+
+
+def check_dropout_p(fn: str, value: Any) -> None:
+    check_real(fn, "dropout_p", value)
+    if not 0.0 <= value <= 1.0:
+        raise ArgumentError(f"{fn}: `dropout_p` is {value}; it must be a probability between 0 and 1.")
+
+
+def check_broadcast(fn: str, name: str, shape: Sequence[int], target: Sequence[int], axes: str) -> None:
+    fits = len(shape) <= len(target) and all(
+        a == 1 or a == b for a, b in zip(reversed(shape), reversed(target), strict=False)
+    )
+    if not fits:
+        raise ArgumentError(
+            f"{fn}: `{name}` has shape {tuple(shape)}, which does not broadcast to {axes} = {tuple(target)}."
+        )
+
+
+def refuse(fn: str, **arguments: Any) -> None:
+    """Keywords that are in the signature and not built yet: refused by name unless they say nothing."""
+    for name, (value, nothing) in arguments.items():
+        if value is not nothing and value != nothing:
+            raise UnsupportedError(f"{fn}: `{name}` is not implemented yet; leave it at {nothing!r}.")
+
+
+def alignment(fn: str, causal: Any, S_q: int, S_k: int) -> tuple[bool, bool]:
+    """-> (is it causal, is the diagonal top-left)."""
+    if causal is False:
+        return False, False
+    if causal is True:
+        if S_q != S_k:
+            raise ArgumentError(
+                f"{fn}: `causal=True` is ambiguous for S_q = {S_q} and S_k = {S_k}; "
+                'say causal="top_left" (row i sees keys up to i) or "bottom_right" (the last row sees the last key).'
+            )
+        return True, False
+    if isinstance(causal, str) and causal in _ALIGNMENTS:
+        return True, causal == "top_left"
+    kind = repr(causal) if isinstance(causal, str) else f"a {type(causal).__name__}"
+    error = ArgumentError if isinstance(causal, str) else ArgumentTypeError
+    raise error(f'{fn}: `causal` is {kind}; it must be False, True, "top_left" or "bottom_right".')
+
+
+def window_sides(fn: str, window: Any) -> tuple[int | None, int | None]:
+    if window is None:
+        return None, None
+    if not isinstance(window, tuple) or len(window) != 2:
+        raise ArgumentTypeError(
+            f"{fn}: `window` is {window!r}; it must be None or a pair (left, right) of integers, None for unbounded."
+        )
+    for name, side in zip(("left", "right"), window, strict=True):
+        if side is None:
+            continue
+        if not isinstance(side, int) or isinstance(side, bool):
+            raise ArgumentTypeError(
+                f"{fn}: the {name} side of `window` is a {type(side).__name__}; it must be an integer or None."
+            )
+        if side < 0:
+            raise ArgumentError(
+                f"{fn}: the {name} side of `window` is {side}; it must be 0 or more, or None for unbounded."
+            )
+    return window
+
+
+def attention_shapes(fn: str, q: Sequence[int], k: Sequence[int], v: Sequence[int]) -> None:
+    for name, shape, axes in (("q", q, "(B, H, S_q, D)"), ("k", k, "(B, H_kv, S_k, D)"), ("v", v, "(B, H_kv, S_k, D_v)")):
+        if len(shape) != 4:
+            raise ArgumentError(f"{fn}: `{name}` has shape {tuple(shape)}; it must have four dimensions {axes}.")
+    for name, shape, dim, axis, expected in (
+        ("k", k, 0, "batch size", q[0]),
+        ("v", v, 0, "batch size", q[0]),
+        ("v", v, 1, "number of heads", k[1]),
+        ("v", v, 2, "sequence length", k[2]),
+        ("k", k, 3, "head dimension", q[3]),
+    ):
+        if shape[dim] != expected:
+            other = "q" if expected is q[dim] and (name == "k" or dim == 0) else "k"
+            raise ArgumentError(
+                f"{fn}: `{name}` has {axis} {shape[dim]} and `{other}` has {expected}; they must be equal."
+            )
+    if k[1] == 0 or q[1] % k[1] != 0:
+        raise ArgumentError(
+            f"{fn}: `q` has {q[1]} heads and `k` has {k[1]}; H must be a multiple of H_kv (grouped-query attention)."
+        )
+    if q[3] == 0:
+        raise ArgumentError(f"{fn}: `q` has head dimension 0; it must be at least 1.")
+
+
+def same_float_dtype(fn: str, names: Sequence[str], dtypes: Sequence[torch.dtype], devices: Sequence[torch.device]) -> None:
+    check_float_dtype(fn, names[0], dtypes[0])
+    for name, dtype, device in zip(names[1:], dtypes[1:], devices[1:], strict=True):
+        if dtype != dtypes[0]:
+            raise ArgumentTypeError(
+                f"{fn}: `{name}` has dtype {dtype_name(dtype)} and `{names[0]}` has {dtype_name(dtypes[0])}; "
+                "they must be equal."
+            )
+        check_same_device(fn, name, device, names[0], devices[0])
+
+
+def attention_spec(
+    shapes: tuple, dtypes: tuple, devices: tuple, causal, window, scale, softcap, dropout_p, deterministic, present: tuple
+) -> AttentionSpec:
+    """`present` says which of (bias, mask, alibi_slopes, sinks) were given."""
+    fn = "attention"
+    q, k, v = shapes
+    attention_shapes(fn, q, k, v)
+    same_float_dtype(fn, ("q", "k", "v"), dtypes, devices)
+    check_real(fn, "scale", scale, optional=True)
+    check_real(fn, "softcap", softcap, optional=True)
+    if softcap is not None and softcap <= 0:
+        raise ArgumentError(f"{fn}: `softcap` is {softcap}; it must be positive, or None for no cap.")
+    check_dropout_p(fn, dropout_p)
+    check_bool(fn, "deterministic", deterministic)
+    is_causal, top_left = alignment(fn, causal, q[2], k[2])
+    left, right = window_sides(fn, window)
+    if is_causal:
+        right = 0 if right is None else min(right, 0)
+    bias, mask, alibi, sinks = present
+    return AttentionSpec(
+        H=q[1],
+        H_kv=k[1],
+        D=q[3],
+        D_v=v[3],
+        dtype=dtypes[0],
+        scale=q[3] ** -0.5 if scale is None else float(scale),
+        left=left,
+        right=right,
+        top_left=top_left,
+        softcap=None if softcap is None else float(softcap),
+        dropout_p=float(dropout_p),
+        bias=bias,
+        mask=mask,
+        alibi=alibi,
+        sinks=sinks,
+        deterministic=deterministic,
+    )
+
+
+def check_attention_features(q: Tensor, k: Tensor, bias, mask, alibi_slopes, sinks) -> None:
+    """The optional tensors of attention against the shapes of q and k."""
+    fn = "attention"
+    B, H, S_q, _ = q.shape
+    S_k = k.shape[2]
+    for name, t in (("bias", bias), ("mask", mask), ("alibi_slopes", alibi_slopes), ("sinks", sinks)):
+        if t is None:
+            continue
+        check_tensor(fn, name, t, optional=True)
+        check_same_device(fn, name, t.device, "q", q.device)
+        if name == "mask":
+            if t.dtype != torch.bool:
+                raise ArgumentTypeError(
+                    f"{fn}: `mask` has dtype {dtype_name(t.dtype)}; it must be bool, True where a row attends to a key "
+                    "(an additive mask is `bias`)."
+                )
+        else:
+            check_float_dtype(fn, name, t.dtype)
+        if name in ("bias", "mask"):
+            check_broadcast(fn, name, t.shape, (B, H, S_q, S_k), "(B, H, S_q, S_k)")
+    if alibi_slopes is not None and alibi_slopes.shape not in ((H,), (B, H)):
+        raise ArgumentError(
+            f"{fn}: `alibi_slopes` has shape {tuple(alibi_slopes.shape)}; it must be (H,) = ({H},) or (B, H) = ({B}, {H})."
+        )
+    if sinks is not None and sinks.shape != (H,):
+        raise ArgumentError(f"{fn}: `sinks` has shape {tuple(sinks.shape)}; it must be (H,) = ({H},).")
+
+
+def norm_spec(fn: str, x: Sequence[int], x_dtype, x_device, normalized_shape, parameters: tuple, eps) -> NormSpec:
+    """`parameters`: for weight and bias, (shape, dtype, device) or None."""
+    check_float_dtype(fn, "x", x_dtype)
+    if not isinstance(normalized_shape, tuple) or not all(isinstance(n, (int, torch.SymInt)) for n in normalized_shape):
+        raise ArgumentTypeError(
+            f"{fn}: `normalized_shape` is {normalized_shape!r}; it must be an integer or a sequence of integers."
+        )
+    if not normalized_shape or tuple(x[-len(normalized_shape) :]) != normalized_shape:
+        raise ArgumentError(
+            f"{fn}: `normalized_shape` is {normalized_shape}, but `x` has shape {tuple(x)}; "
+            "it must be the last dimensions of x, at least one."
+        )
+    check_real(fn, "eps", eps)
+    if eps < 0:
+        raise ArgumentError(f"{fn}: `eps` is {eps}; it must be 0 or more.")
+    for name, parameter in zip(("weight", "bias"), parameters, strict=True):
+        if parameter is None:
+            continue
+        shape, dtype, device = parameter
+        check_float_dtype(fn, name, dtype)
+        check_same_device(fn, name, device, "x", x_device)
+        if tuple(shape) != normalized_shape:
+            raise ArgumentError(
+                f"{fn}: `{name}` has shape {tuple(shape)}; it must be normalized_shape = {normalized_shape}."
+            )
+    weight, bias = parameters
+    return NormSpec(
+        dtype=x_dtype,
+        weight_dtype=None if weight is None else weight[1],
+        bias_dtype=None if bias is None else bias[1],
+        eps=float(eps),
+        n_dims=len(normalized_shape),
+    )
+
+
+def softmax_spec(fn: str, x: Sequence[int], dtype, dim, scale, causal, mask: bool) -> SoftmaxSpec:
+    check_float_dtype(fn, "x", dtype)
+    if not isinstance(dim, int) or isinstance(dim, bool):
+        raise ArgumentTypeError(f"{fn}: `dim` is a {type(dim).__name__}; it must be an integer.")
+    n = max(len(x), 1)  # a 0-d tensor counts as one of length 1, as in torch
+    if not -n <= dim < n:
+        raise ArgumentError(f"{fn}: `dim` is {dim}; for an x of {len(x)} dimensions it must lie between {-n} and {n - 1}.")
+    check_real(fn, "scale", scale)
+    dim = dim if dim < 0 else dim - n
+    is_causal = top_left = False
+    if causal is not False:
+        if len(x) < 2 or dim != -1:
+            raise ArgumentError(
+                f"{fn}: `causal` needs x (…, S_q, S_k) and dim=-1; x has shape {tuple(x)} and `dim` is {dim}."
+            )
+        is_causal, top_left = alignment(fn, causal, x[-2], x[-1])
+    return SoftmaxSpec(dtype, dim, float(scale), fn == "log_softmax", mask, is_causal, top_left)

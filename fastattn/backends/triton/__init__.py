@@ -1,0 +1,143 @@
+"""Fused Triton kernels: on GPUs, and on CPU tensors in Triton's interpreter (TRITON_INTERPRET=1).
+
+Triton is imported with the first kernel that runs, not with fastattn.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from fastattn.spec import AttentionSpec, NormSpec, SoftmaxSpec
+
+NAME = "triton"
+COMPOSITE = False
+
+INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"  # read once: triton.jit decides at decoration
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_MAX_HEAD_DIM = 256
+
+
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def available(device: torch.device) -> str | None:
+    if not _installed():
+        return "triton is not installed"
+    if INTERPRET and device.type in ("cpu", "cuda"):
+        return None
+    if device.type == "cpu":
+        return "Triton compiles for GPUs (TRITON_INTERPRET=1 interprets its kernels on a CPU, slowly)"
+    if device.type != "cuda":
+        return f"it has no kernels for device {device.type!r}"
+    if not torch.cuda.is_available():
+        return "no GPU is visible to torch"
+    major, minor = torch.cuda.get_device_capability(device)
+    if torch.version.hip is None and major < 8:
+        return f"it needs compute capability 8.0 or newer, this GPU has {major}.{minor}"
+    return None
+
+
+def unsupported(spec: AttentionSpec | NormSpec | SoftmaxSpec, device: torch.device) -> str | None:
+    if spec.dtype not in _DTYPES:
+        return f"dtype {_name(spec.dtype)} (it has float16, bfloat16 and float32)"
+    if isinstance(spec, AttentionSpec):
+        return _unsupported_attention(spec)
+    if isinstance(spec, NormSpec):
+        for argument, dtype in (("weight", spec.weight_dtype), ("bias", spec.bias_dtype)):
+            if dtype is not None and dtype not in _DTYPES:
+                return f"{argument} of dtype {_name(dtype)} (it has float16, bfloat16 and float32)"
+    return None
+
+
+def _unsupported_attention(spec: AttentionSpec) -> str | None:
+    for name in ("bias", "mask", "alibi", "sinks"):
+        if getattr(spec, name):
+            return f"no kernel for {name} yet"
+    if spec.softcap is not None:
+        return "no kernel for softcap yet"
+    for name, width in (("head dimension of q and k", spec.D), ("head dimension of v", spec.D_v)):
+        if width % 8 != 0 or not 8 <= width <= _MAX_HEAD_DIM:
+            return f"{name} is {width} (it has multiples of 8 from 8 to {_MAX_HEAD_DIM})"
+    return None
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def describe(spec: AttentionSpec | NormSpec | SoftmaxSpec, device: torch.device) -> str:
+    how = "interpreted" if INTERPRET else "compiled"
+    if isinstance(spec, AttentionSpec):
+        from fastattn.backends.triton.configs import arch_of, backward_config, forward_config
+
+        arch = arch_of(device)
+        forward, backward = forward_config(arch, spec.D, spec.D_v, spec.dtype), backward_config(arch, spec.D, spec.D_v, spec.dtype)
+        return f"{how}; forward {forward}; backward {backward}"
+    return f"{how}; one fused kernel forward, rows looped over where they do not fit a block"
+
+
+def _on(t: Tensor):
+    """Triton launches on the current device: make it the tensor's."""
+    return torch.cuda.device_of(t)
+
+
+def attention_forward(o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, seed: Tensor | None, spec: AttentionSpec) -> None:
+    from fastattn.backends.triton.attention_fwd import launch
+
+    with _on(q):
+        launch(o, lse, q, k, v, seed, spec)
+
+
+def attention_backward(dq, dk, dv, do, dlse, q: Tensor, k: Tensor, v: Tensor, seed: Tensor | None, o: Tensor, lse: Tensor, spec: AttentionSpec) -> None:
+    from fastattn.backends.triton.attention_bwd import launch
+
+    with _on(q):
+        launch(dq, dk, dv, do, dlse, q, k, v, seed, o, lse, spec)
+
+
+def _rows(t: Tensor, n_dims: int) -> Tensor:
+    """(…, *row) -> (M, N); a view where strides allow, else a copy."""
+    return t.flatten(t.dim() - n_dims).flatten(0, -2) if t.dim() > n_dims else t.reshape(1, -1)
+
+
+def layer_norm_forward(y: Tensor, mean: Tensor, rstd: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, spec: NormSpec) -> None:
+    from fastattn.backends.triton.layer_norm import launch_forward
+
+    weight, bias = (t if t is None else t.reshape(-1) for t in (weight, bias))
+    with _on(x):
+        launch_forward(_rows(y, spec.n_dims), mean, rstd, _rows(x, spec.n_dims), weight, bias, spec.eps)
+
+
+def layer_norm_backward(dx, dweight, dbias, dy: Tensor | None, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, spec: NormSpec) -> None:
+    from fastattn.backends.triton.layer_norm import launch_backward
+
+    if dy is None:
+        dy = torch.zeros((), dtype=x.dtype, device=x.device).expand(x.shape)
+    dweight, dbias, weight = (t if t is None else t.view(-1) for t in (dweight, dbias, weight if weight is None else weight.contiguous()))
+    with _on(x):
+        dx_rows = dx if dx is None else _rows(dx, spec.n_dims)
+        launch_backward(dx_rows, dweight, dbias, _rows(dy, spec.n_dims), _rows(x, spec.n_dims), weight, mean, rstd)
+
+
+def softmax_forward(y: Tensor, x: Tensor, mask: Tensor | None, spec: SoftmaxSpec) -> None:
+    from fastattn.backends.triton.softmax import launch_forward
+
+    with _on(x):
+        launch_forward(y, x, mask, spec, spec.dim)
+
+
+def softmax_backward(dx: Tensor | None, dy: Tensor | None, y: Tensor, mask: Tensor | None, spec: SoftmaxSpec) -> None:
+    from fastattn.backends.triton.softmax import launch_backward
+
+    if dx is None:
+        return
+    with _on(y):
+        dx.zero_() if dy is None else launch_backward(dx, dy, y, mask, spec, spec.dim)

@@ -1,0 +1,1 @@
+"""Device functions that the attention kernels are composed of, one idea a file."""

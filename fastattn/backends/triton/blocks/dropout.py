@@ -1,0 +1,22 @@
+"""Dropout of the probabilities, keyed by (seed, b, h, row, column): the same in every tile size, pass and backend."""
+
+import triton
+import triton.language as tl
+
+ROUNDS: tl.constexpr = tl.constexpr(7)  # of Philox4x32; fastattn.reference.dropout says the same
+
+
+@triton.jit
+def dropout_factor(m, n, drop, F: tl.constexpr):
+    """What a probability is multiplied by: 0 if it is dropped, else 1 / (1 - dropout_p); 1 with dropout off.
+
+    m and n are index tiles that broadcast to the tile; an entry is kept if the first Philox word of the counter
+    (n, m, h, b) is at least dropout_p · 2^32.
+    """
+    if F.DROPOUT:
+        n, m = tl.broadcast(n, m)
+        h, b = tl.zeros_like(n) + drop.h, tl.zeros_like(n) + drop.b
+        word, _, _, _ = tl.philox(drop.seed, n, m, h, b, n_rounds=ROUNDS)
+        return tl.where(word.to(tl.int64) >= drop.threshold, drop.scale, 0.0)
+    else:
+        return 1.0

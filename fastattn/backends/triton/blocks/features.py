@@ -1,0 +1,58 @@
+"""Which features a kernel is compiled with, and the values they run on.
+
+`Features` is a constexpr: a feature that is off leaves no instruction behind. A new feature adds one flag here, its value
+to `Window` or `Score`, and one device function in its own file; the loops of the kernels stay as they are.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import triton.language as tl
+
+from fastattn.spec import AttentionSpec
+
+
+@dataclass(frozen=True)
+class Features:
+    """Constexpr flags of the attention kernels."""
+
+    LEFT: bool = False  # the window is bounded on the left
+    RIGHT: bool = False  # the window is bounded on the right; causal is right = 0
+    PRESCALED: bool = False  # the score function scales; otherwise the exponential does, in one fused multiply-add
+    DROPOUT: bool = False
+
+    @classmethod
+    def of(cls, spec: AttentionSpec) -> "Features":
+        # max(scale · s) is scale · max(s) only for a positive scale.
+        return cls(
+            LEFT=spec.left is not None,
+            RIGHT=spec.right is not None,
+            PRESCALED=spec.scale <= 0.0,
+            DROPOUT=spec.dropout_p > 0.0,
+        )
+
+
+class Window(NamedTuple):
+    """Row i sees key j iff i + shift - left <= j <= i + shift + right and j < S_k."""
+
+    S_q: tl.tensor
+    S_k: tl.tensor
+    shift: tl.tensor
+    left: tl.tensor
+    right: tl.tensor
+
+
+class Score(NamedTuple):
+    """What turns q kᵀ into logits."""
+
+    scale: tl.tensor
+
+
+class Dropout(NamedTuple):
+    """The key of one head's dropout, and its rate."""
+
+    seed: tl.tensor
+    b: tl.tensor
+    h: tl.tensor
+    threshold: tl.tensor  # dropout_p · 2^32
+    scale: tl.tensor  # 1 / (1 - dropout_p)

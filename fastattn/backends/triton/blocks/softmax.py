@@ -1,0 +1,42 @@
+"""The online softmax; every case of -inf in attention is handled here."""
+
+import triton
+import triton.language as tl
+
+from fastattn.backends.triton.blocks.constants import INF, LN_2, LOG2_E, NEG_INF
+
+
+@triton.jit
+def online_softmax(s, row_max, row_sum, factor):
+    """One more tile of logits: -> (p, rescale, row_max, row_sum).
+
+    p = exp2(factor · (s - row_max)) (M, N), not yet normalised; what was summed before must be multiplied by rescale.
+    A row that has seen nothing yet keeps row_max = -inf, and subtracts 0 instead.
+    """
+    new_max = tl.maximum(row_max, tl.max(s, 1))
+    offset = tl.where(new_max == NEG_INF, 0.0, new_max) * factor
+    rescale = tl.exp2(row_max * factor - offset)
+    p = tl.exp2(s * factor - offset[:, None])
+    return p, rescale, new_max, row_sum * rescale + tl.sum(p, 1)
+
+
+@triton.jit
+def finish_softmax(acc, row_max, row_sum, factor):
+    """-> (o, lse): o = acc / row_sum, lse = log Σ exp; a row that saw nothing has o = 0 and lse = -inf."""
+    empty = row_sum == 0.0
+    safe_sum = tl.where(empty, 1.0, row_sum)
+    lse = tl.where(empty, NEG_INF, (row_max * factor + tl.log2(safe_sum)) * LN_2)
+    return acc / safe_sum[:, None], lse
+
+
+@triton.jit
+def load_lse(LSE, m, S_q):
+    """lse of rows m in base 2; +inf for a row that saw nothing or lies beyond S_q, so that its p below is 0."""
+    lse = tl.load(LSE + m, mask=m < S_q, other=NEG_INF)
+    return tl.where(lse == NEG_INF, INF, lse * LOG2_E)
+
+
+@triton.jit
+def probability(s, lse, factor):
+    """p = exp(logit - lse), from logits s and the lse of `load_lse`, which broadcast."""
+    return tl.exp2(s * factor - lse)

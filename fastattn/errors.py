@@ -1,0 +1,19 @@
+"""What fastattn raises. Each message is a sentence: the argument, what came, what is accepted."""
+
+from __future__ import annotations
+
+
+class FastattnError(Exception):
+    """Base of every error that is fastattn's own."""
+
+
+class ArgumentError(FastattnError, ValueError):
+    """An argument has a value, shape, device or layout that the function does not accept."""
+
+
+class ArgumentTypeError(FastattnError, TypeError):
+    """An argument has a type or dtype that the function does not accept."""
+
+
+class UnsupportedError(FastattnError, NotImplementedError):
+    """The call is well formed, but the backend asked for cannot compute it; the message says which part."""

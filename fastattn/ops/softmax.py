@@ -1,0 +1,52 @@
+"""fastattn::softmax: (x, mask) -> y, softmax or log_softmax over one dimension; the mask has as many dimensions as x."""
+
+from __future__ import annotations
+
+from fastattn.backends import get
+from fastattn.ops.define import Definition, Operator
+from fastattn.spec import SoftmaxSpec
+
+
+def _allocate(inputs, spec: SoftmaxSpec):
+    return (inputs[0].new_empty(inputs[0].shape),)
+
+
+def _launch(outputs, inputs, spec: SoftmaxSpec, backend: str):
+    get(backend).softmax_forward(*outputs, *inputs, spec)
+
+
+def _allocate_grads(saved, wanted, spec: SoftmaxSpec):
+    return (saved["y"].new_empty(saved["y"].shape) if wanted[0] else None, None)
+
+
+def _launch_backward(grad_inputs, grads, saved, spec: SoftmaxSpec, backend: str):
+    get(backend).softmax_backward(grad_inputs[0], grads[0], saved["y"], saved["mask"], spec)
+
+
+def _encode(spec: SoftmaxSpec) -> tuple:
+    return spec.dim, spec.scale, spec.log, spec.causal, spec.top_left
+
+
+def _decode(tensors, dim: int, scale: float, log: bool, causal: bool, top_left: bool) -> SoftmaxSpec:
+    dtype = (tensors["x"] if "x" in tensors else tensors["y"]).dtype
+    return SoftmaxSpec(dtype, dim, scale, log, tensors["mask"] is not None, causal, top_left)
+
+
+softmax = Operator(
+    Definition(
+        name="softmax",
+        function_name="SoftmaxFunction",
+        inputs=("x", "mask?"),
+        outputs=("y",),
+        differentiable=("y",),
+        saved=("y", "mask"),
+        scalars="int dim, float scale, bool log, bool causal, bool top_left",
+        encode=_encode,
+        decode=_decode,
+        allocate=_allocate,
+        launch=_launch,
+        allocate_grads=_allocate_grads,
+        launch_backward=_launch_backward,
+        batching="prepend",
+    )
+)

@@ -1,0 +1,1 @@
+"""The oracle: every operation in plain torch, float64-capable, differentiable by autograd to any order."""

@@ -1,0 +1,82 @@
+"""What one call computes, after every way of asking for it has been normalised.
+
+`functional` turns the caller's keywords into one of these; everything below (operators, backends, kernels)
+reads only this. Sizes that vary from batch to batch are read from the tensors, so that a new sequence length
+is never a new spec. This module imports nothing of ours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSpec:
+    """o = softmax(f(q kᵀ · scale)) v, with f in the fixed order softcap, + bias + ALiBi, mask, sinks, dropout."""
+
+    H: int  # query heads
+    H_kv: int  # key and value heads; query head h reads key head h // (H // H_kv)
+    D: int  # width of q and k
+    D_v: int  # width of v and o
+    dtype: torch.dtype  # of q, k, v and o
+    scale: float
+    left: int | None = None  # keys before the diagonal that a row still sees; None: all of them
+    right: int | None = None  # keys after the diagonal that a row still sees; None: all, 0: causal
+    top_left: bool = False  # the diagonal is j = i; otherwise j = i + S_k - S_q
+    softcap: float | None = None
+    dropout_p: float = 0.0
+    bias: bool = False
+    mask: bool = False
+    alibi: bool = False
+    sinks: bool = False
+    deterministic: bool = False  # the same bits on every run, backward included
+
+    op = "attention"
+
+    @property
+    def G(self) -> int:
+        """Query heads per key head."""
+        return self.H // self.H_kv
+
+    @property
+    def windowed(self) -> bool:
+        """Whether some keys are out of a row's sight by position."""
+        return self.left is not None or self.right is not None
+
+    def shift(self, S_q: int, S_k: int) -> int:
+        """Column of the diagonal in row 0: row i sees keys in [i + shift - left, i + shift + right]."""
+        return 0 if self.top_left else S_k - S_q
+
+
+@dataclass(frozen=True, slots=True)
+class NormSpec:
+    """y = (x - mean) · rstd · weight + bias over the last dimensions; statistics in fp32 (float64 for float64 x)."""
+
+    dtype: torch.dtype  # of x and y
+    weight_dtype: torch.dtype | None  # None: no weight
+    bias_dtype: torch.dtype | None  # None: no bias
+    eps: float
+    n_dims: int = 1  # how many of the last dimensions make a row
+
+    op = "layer_norm"
+
+
+@dataclass(frozen=True, slots=True)
+class SoftmaxSpec:
+    """y = softmax(scale · x) over one dimension, or its logarithm; masked entries get probability 0."""
+
+    dtype: torch.dtype  # of x and y
+    dim: int = -1  # counted from the end
+    scale: float = 1.0
+    log: bool = False
+    mask: bool = False
+    causal: bool = False  # dim is -1 and rows are the one before it
+    top_left: bool = False  # as in AttentionSpec
+
+    op = "softmax"
+
+    def shift(self, S_q: int, S_k: int) -> int:
+        """Column of the diagonal in row 0."""
+        return 0 if self.top_left else S_k - S_q

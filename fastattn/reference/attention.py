@@ -49,7 +49,7 @@ def _weighted_values(p: Tensor, v: Tensor, keep: Tensor | None) -> Tensor:
     finite = v.isfinite()
     o = p @ torch.where(finite, v, 0.0)
     seen = keep.to(p.dtype) @ (~finite).to(p.dtype)  # how many visible keys have a non-finite entry in this column
-    return torch.where(seen > 0, math.nan, o)
+    return o + torch.where(seen > 0, math.nan, 0.0)
 
 
 def attention(
@@ -102,6 +102,8 @@ def attention(
     safe_sum = torch.where(empty, 1.0, row_sum)
     lse = torch.where(empty, -math.inf, row_max + safe_sum.log())[..., 0]
     p = (p / safe_sum)[..., :-1]
+    if keep is not None:
+        p = torch.where(keep, p, 0.0)  # also in a row that sees a NaN
 
     if spec.dropout_p > 0.0:
         assert seed is not None

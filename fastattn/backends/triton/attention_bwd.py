@@ -77,12 +77,13 @@ def attention_backward_dq_kernel(
     drop = Dropout(tl.load(SEED) if F.DROPOUT else 0, bh // H, bh % H, dropout_threshold, dropout_scale)
 
     m = m_block * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tl.arange(0, BLOCK_N)
+    m_tile, n_tile = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     d, d_v = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    O += b * stride_ob + h * stride_oh
-    DO += b * stride_dob + h * stride_doh
-    o = load_tile(O, offsets(m, d_v, stride_om, stride_od), m, d_v, S_q, D_V, True, D_V != BLOCK_DV)  # (M, D_v)
-    do = load_tile(DO, offsets(m, d_v, stride_dom, stride_dod), m, d_v, S_q, D_V, True, D_V != BLOCK_DV)
+    m_start = (m_block * BLOCK_M).to(tl.int64)
+    O += b * stride_ob + h * stride_oh + m_start * stride_om
+    DO += b * stride_dob + h * stride_doh + m_start * stride_dom
+    o = load_tile(O, offsets(m_tile, d_v, stride_om, stride_od, F), m, d_v, S_q, D_V, True, D_V != BLOCK_DV)  # (M, D_v)
+    do = load_tile(DO, offsets(m_tile, d_v, stride_dom, stride_dod, F), m, d_v, S_q, D_V, True, D_V != BLOCK_DV)
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     if DLSE is not None:
         delta -= tl.load(DLSE + b * stride_lb + h * stride_lh + m.to(tl.int64) * stride_lm, mask=m < S_q, other=0.0)
@@ -90,12 +91,12 @@ def attention_backward_dq_kernel(
 
     if DQ is not None:
         lse = load_lse(LSE + bh.to(tl.int64) * S_q, m, S_q)
-        Q += b * stride_qb + h * stride_qh
+        Q += b * stride_qb + h * stride_qh + m_start * stride_qm
         K += b * stride_kb + h_kv * stride_kh
         V += b * stride_vb + h_kv * stride_vh
-        q = load_tile(Q, offsets(m, d, stride_qm, stride_qd), m, d, S_q, D, True, D != BLOCK_D)  # (M, D)
-        k_tile = offsets(n, d, stride_kn, stride_kd)
-        v_tile = offsets(n, d_v, stride_vn, stride_vd)
+        q = load_tile(Q, offsets(m_tile, d, stride_qm, stride_qd, F), m, d, S_q, D, True, D != BLOCK_D)  # (M, D)
+        k_tile = offsets(n_tile, d, stride_kn, stride_kd, F)
+        v_tile = offsets(n_tile, d_v, stride_vn, stride_vd, F)
         dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         n_min, n_left, n_right, n_max = key_range(m_block, w, BLOCK_M, BLOCK_N, F)
         if F.LEFT:
@@ -111,27 +112,35 @@ def attention_backward_dq_kernel(
             dq, q, do, lse, delta, K, V, k_tile, v_tile, stride_kn, stride_vn, m, d, d_v, n_right, n_max,
             w, score, drop, D, D_V, BLOCK_N, BLOCK_D, BLOCK_DV, True, F, DOT,
         )  # fmt: skip
-        DQ += b * stride_dqb + h * stride_dqh
-        store_tile(DQ, offsets(m, d, stride_dqm, stride_dqd), dq * scale, m, d, S_q, D)
+        DQ += b * stride_dqb + h * stride_dqh + m_start * stride_dqm
+        store_tile(DQ, offsets(m_tile, d, stride_dqm, stride_dqd, F), dq * scale, m, d, S_q, D)
 
 
 @triton.jit
 def _key_span(
-    dk, dv, k, v, Q, DO, LSE, DELTA, q_tile, do_tile, stride_qm, stride_dom,
-    n, d, d_v, m_lo, m_hi, w, score, drop,
-    D: tl.constexpr, D_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    dk, dv, k, v, Q, DO, LSE, DELTA, SEED, q_tile, do_tile, stride_qh, stride_qm, stride_doh, stride_dom,
+    n, d, d_v, m_lo, m_hi, w, score, b, h_first, dropout_threshold, dropout_scale,
+    G: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     MASKED: tl.constexpr, F: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """dk / scale and dv over query tiles m_lo … m_hi - 1 of one head; s, p, dp and ds are transposed, (N, M)."""
+    """dk / scale and dv over query tiles m_lo … m_hi - 1 of the G heads from h_first on.
+
+    s, p, dp and ds are transposed, (N, M). Heads and tiles are one loop, so that loads run ahead from head to head.
+    """
     factor = score_factor(score, F)
-    for m_block in range(m_lo, m_hi):
-        m_start = m_block * BLOCK_M
+    for i in range(0, G * (m_hi - m_lo)):
+        g = i // (m_hi - m_lo)
+        m_start = (m_lo + i - g * (m_hi - m_lo)) * BLOCK_M
         m = m_start + tl.arange(0, BLOCK_M)
         row, col = m[None, :], n[:, None]
-        q = load_tile(Q + m_start.to(tl.int64) * stride_qm, q_tile, m, d, w.S_q, D, True, D != BLOCK_D)  # (M, D)
-        do = load_tile(DO + m_start.to(tl.int64) * stride_dom, do_tile, m, d_v, w.S_q, D_V, True, D_V != BLOCK_DV)
-        lse = load_lse(LSE, m, w.S_q)
-        delta = tl.load(DELTA + m, mask=m < w.S_q, other=0.0)
+        drop = Dropout(tl.load(SEED) if F.DROPOUT else 0, b, h_first + g, dropout_threshold, dropout_scale)
+        Q_tile = Q + g.to(tl.int64) * stride_qh + m_start.to(tl.int64) * stride_qm
+        DO_tile = DO + g.to(tl.int64) * stride_doh + m_start.to(tl.int64) * stride_dom
+        LSE_head = LSE + g.to(tl.int64) * w.S_q
+        q = load_tile(Q_tile, q_tile, m, d, w.S_q, D, True, D != BLOCK_D)  # (M, D)
+        do = load_tile(DO_tile, do_tile, m, d_v, w.S_q, D_V, True, D_V != BLOCK_DV)  # (M, D_v)
+        lse = load_lse(LSE_head, m, w.S_q)
+        delta = tl.load(DELTA + g.to(tl.int64) * w.S_q + m, mask=m < w.S_q, other=0.0)
         zero = tl.zeros([k.shape[0], BLOCK_M], tl.float32)
         s = apply_score(dot(k, tl.trans(q), zero, DOT), row, col, w, score, F)  # (N, M)
         p = probability(s, lse[None, :], factor)
@@ -170,48 +179,48 @@ def attention_backward_dkdv_kernel(
     score = Score(scale)
 
     n = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
-    m = tl.arange(0, BLOCK_M)
+    m_tile, n_tile = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     d, d_v = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    K += b * stride_kb + h_kv * stride_kh
-    V += b * stride_vb + h_kv * stride_vh
-    k = load_tile(K, offsets(n, d, stride_kn, stride_kd), n, d, S_k, D, True, D != BLOCK_D)  # (N, D)
-    v = load_tile(V, offsets(n, d_v, stride_vn, stride_vd), n, d_v, S_k, D_V, True, D_V != BLOCK_DV)  # (N, D_v)
-    q_tile = offsets(m, d, stride_qm, stride_qd)
-    do_tile = offsets(m, d_v, stride_dom, stride_dod)
+    n_start = (n_block * BLOCK_N).to(tl.int64)
+    K += b * stride_kb + h_kv * stride_kh + n_start * stride_kn
+    V += b * stride_vb + h_kv * stride_vh + n_start * stride_vn
+    k = load_tile(K, offsets(n_tile, d, stride_kn, stride_kd, F), n, d, S_k, D, True, D != BLOCK_D)  # (N, D)
+    v = load_tile(V, offsets(n_tile, d_v, stride_vn, stride_vd, F), n, d_v, S_k, D_V, True, D_V != BLOCK_DV)  # (N, D_v)
+    q_tile = offsets(m_tile, d, stride_qm, stride_qd, F)
+    do_tile = offsets(m_tile, d_v, stride_dom, stride_dod, F)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     m_min, m_left, m_right, m_max = query_range(n_block, w, BLOCK_M, BLOCK_N, F)
 
-    for g in range(0, G):
-        h = h_kv * G + g
-        drop = Dropout(
-            tl.load(SEED) if F.DROPOUT else 0, bh // H_kv, h.to(tl.int32), dropout_threshold, dropout_scale
-        )
-        Q_h = Q + b * stride_qb + h * stride_qh
-        DO_h = DO + b * stride_dob + h * stride_doh
-        LSE_h = LSE + (b * (H_kv * G) + h) * S_q
-        DELTA_h = DELTA + (b * (H_kv * G) + h) * S_q
-        if F.RIGHT:
-            dk, dv = _key_span(
-                dk, dv, k, v, Q_h, DO_h, LSE_h, DELTA_h, q_tile, do_tile, stride_qm, stride_dom, n, d, d_v, m_min,
-                m_left, w, score, drop, D, D_V, BLOCK_M, BLOCK_D, BLOCK_DV, True, F, DOT,
-            )  # fmt: skip
+    h_first = bh % H_kv * G
+    Q += b * stride_qb + h_first.to(tl.int64) * stride_qh
+    DO += b * stride_dob + h_first.to(tl.int64) * stride_doh
+    LSE += bh.to(tl.int64) * G * S_q
+    DELTA += bh.to(tl.int64) * G * S_q
+    if F.RIGHT:
         dk, dv = _key_span(
-            dk, dv, k, v, Q_h, DO_h, LSE_h, DELTA_h, q_tile, do_tile, stride_qm, stride_dom, n, d, d_v, m_left,
-            m_right, w, score, drop, D, D_V, BLOCK_M, BLOCK_D, BLOCK_DV, False, F, DOT,
+            dk, dv, k, v, Q, DO, LSE, DELTA, SEED, q_tile, do_tile, stride_qh, stride_qm, stride_doh, stride_dom,
+            n, d, d_v, m_min, m_left, w, score, bh // H_kv, h_first, dropout_threshold, dropout_scale,
+            G, D, D_V, BLOCK_M, BLOCK_D, BLOCK_DV, True, F, DOT,
         )  # fmt: skip
-        if F.LEFT:
-            dk, dv = _key_span(
-                dk, dv, k, v, Q_h, DO_h, LSE_h, DELTA_h, q_tile, do_tile, stride_qm, stride_dom, n, d, d_v, m_right,
-                m_max, w, score, drop, D, D_V, BLOCK_M, BLOCK_D, BLOCK_DV, True, F, DOT,
-            )  # fmt: skip
+    dk, dv = _key_span(
+        dk, dv, k, v, Q, DO, LSE, DELTA, SEED, q_tile, do_tile, stride_qh, stride_qm, stride_doh, stride_dom,
+        n, d, d_v, m_left, m_right, w, score, bh // H_kv, h_first, dropout_threshold, dropout_scale,
+        G, D, D_V, BLOCK_M, BLOCK_D, BLOCK_DV, False, F, DOT,
+    )  # fmt: skip
+    if F.LEFT:
+        dk, dv = _key_span(
+            dk, dv, k, v, Q, DO, LSE, DELTA, SEED, q_tile, do_tile, stride_qh, stride_qm, stride_doh, stride_dom,
+            n, d, d_v, m_right, m_max, w, score, bh // H_kv, h_first, dropout_threshold, dropout_scale,
+            G, D, D_V, BLOCK_M, BLOCK_D, BLOCK_DV, True, F, DOT,
+        )  # fmt: skip
 
     if DK is not None:
-        DK += b * stride_dkb + h_kv * stride_dkh
-        store_tile(DK, offsets(n, d, stride_dkn, stride_dkd), dk * scale, n, d, S_k, D)
+        DK += b * stride_dkb + h_kv * stride_dkh + n_start * stride_dkn
+        store_tile(DK, offsets(n_tile, d, stride_dkn, stride_dkd, F), dk * scale, n, d, S_k, D)
     if DV is not None:
-        DV += b * stride_dvb + h_kv * stride_dvh
-        store_tile(DV, offsets(n, d_v, stride_dvn, stride_dvd), dv, n, d_v, S_k, D_V)
+        DV += b * stride_dvb + h_kv * stride_dvh + n_start * stride_dvn
+        store_tile(DV, offsets(n_tile, d_v, stride_dvn, stride_dvd, F), dv, n, d_v, S_k, D_V)
 
 
 def launch(
@@ -235,7 +244,7 @@ def launch(
         do = o.new_zeros(()).expand(o.shape)
     cfg = backward_config(arch_of(q.device), D, D_v, q.dtype)
     window = window_arguments(spec, S_q, S_k)
-    constants = {"G": spec.G, "D": D, "D_V": D_v, "F": Features.of(spec), "DOT": dot_precision(q.dtype)}
+    constants = {"G": spec.G, "D": D, "D_V": D_v, "F": Features.of(spec, q, k, v, o, do, dq, dk, dv), "DOT": dot_precision(q.dtype)}
     delta = lse.new_empty(lse.shape)
     grid = triton.cdiv(S_q, cfg.dq.BLOCK_M) * B * H
     if grid > 0:

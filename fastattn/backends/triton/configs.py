@@ -71,9 +71,9 @@ _TILES: dict[str, dict[str, dict[int, TileConfig]]] = {
         "dkdv": {64: TileConfig(64, 64, 4, 3), 128: TileConfig(64, 64, 8, 2), 256: TileConfig(32, 32, 4, 2)},
     },
     "sm_90": {
-        "forward": {64: TileConfig(128, 128, 8, 3), 128: TileConfig(128, 128, 8, 2), 256: TileConfig(128, 64, 8, 2)},
+        "forward": {64: TileConfig(128, 64, 8, 3), 128: TileConfig(128, 64, 8, 3), 256: TileConfig(128, 64, 8, 2)},
         "dq": {64: TileConfig(128, 64, 8, 3), 128: TileConfig(128, 64, 8, 2), 256: TileConfig(64, 32, 8, 2)},
-        "dkdv": {64: TileConfig(64, 128, 8, 3), 128: TileConfig(64, 128, 8, 2), 256: TileConfig(32, 64, 8, 2)},
+        "dkdv": {64: TileConfig(32, 128, 8, 3), 128: TileConfig(32, 64, 8, 2), 256: TileConfig(32, 64, 8, 2)},
     },
     "gfx942": {
         "forward": {64: TileConfig(128, 64, 4, 1), 128: TileConfig(128, 64, 4, 1), 256: TileConfig(64, 32, 4, 1)},

@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import triton.language as tl
+from torch import Tensor
 
 from fastattn.spec import AttentionSpec
+
+_MAX_TILE = 256  # rows or columns
 
 
 @dataclass(frozen=True)
@@ -20,15 +23,17 @@ class Features:
     RIGHT: bool = False  # the window is bounded on the right; causal is right = 0
     PRESCALED: bool = False  # the score function scales; otherwise the exponential does, in one fused multiply-add
     DROPOUT: bool = False
+    WIDE: bool = False  # offsets inside one tile may pass 2^31 elements
 
     @classmethod
-    def of(cls, spec: AttentionSpec) -> "Features":
-        # max(scale · s) is scale · max(s) only for a positive scale.
+    def of(cls, spec: AttentionSpec, *tensors: Tensor | None) -> "Features":
+        """The features of a call on these tensors."""
         return cls(
             LEFT=spec.left is not None,
             RIGHT=spec.right is not None,
-            PRESCALED=spec.scale <= 0.0,
+            PRESCALED=spec.scale <= 0.0,  # max(scale · s) is scale · max(s) only for a positive scale
             DROPOUT=spec.dropout_p > 0.0,
+            WIDE=any(_MAX_TILE * max(t.stride()[-2:]) >= 2**31 for t in tensors if t is not None),
         )
 
 

@@ -1,4 +1,4 @@
-"""Which entries of a tile are visible, and products in which the others add nothing."""
+"""Which entries of a tile are visible, and how products keep what the others hold out of their sums."""
 
 import triton
 import triton.language as tl
@@ -19,28 +19,29 @@ def visible(m, n, w, F: tl.constexpr):
 
 
 @triton.jit
-def finite_or_zero(x):
-    """x with NaN and ±inf replaced by 0: the operand of a product whose other factor is 0 or NaN there already."""
-    return tl.where(tl.abs(x.to(tl.float32)) < INF, x, 0.0).to(x.dtype)
+def is_finite(x):
+    return tl.abs(x.to(tl.float32)) < INF
 
 
 @triton.jit
-def dot_visible(p, v, keep, acc, DOT: tl.constexpr):
-    """acc + p v, in which a hidden key (p = 0) adds nothing even if its v is not finite.
+def finite_or_zero(x):
+    """x with NaN and ±inf replaced by 0: for a product in which a hidden entry has the factor 0, and 0 · NaN is NaN."""
+    return tl.where(is_finite(x), x, 0.0).to(x.dtype)
 
-    p (M, N), v (N, D), keep (M, N). A value that is not finite still reaches each row that sees its key, as inf or
-    NaN: 2^100 · 2^100 overflows the accumulator, and inf - inf is NaN.
+
+@triton.jit
+def has_non_finite(x):
+    """1 if a tile holds NaN or ±inf anywhere, else 0."""
+    return 1 - tl.min(tl.min(is_finite(x).to(tl.int32), 1), 0)
+
+
+@triton.jit
+def add_infinity(acc, v, keep, sign, DOT: tl.constexpr):
+    """acc (M, D), plus sign · inf in each row that sees, keep (M, N), a sign · inf or a NaN in v (N, D).
+
+    A product of 2^100 and 2^100 overflows the accumulator, and that of a hidden entry is 0.
     """
+    HUGE: tl.constexpr = 1.2676506002282294e30  # 2^100, exact in bfloat16
     x = v.to(tl.float32)
-    finite = tl.abs(x) < INF
-    if tl.min(tl.min(finite.to(tl.int32), 1), 0) == 1:
-        acc = dot(p, v, acc, DOT)
-    else:
-        huge = 1.2676506002282294e30  # 2^100, exact in bfloat16
-        seen = tl.where(keep, huge, 0.0).to(tl.bfloat16)
-        up = tl.where((x == INF) | (x != x), huge, 0.0).to(tl.bfloat16)
-        down = tl.where((x == -INF) | (x != x), -huge, 0.0).to(tl.bfloat16)
-        acc = dot(p, tl.where(finite, v, 0.0).to(v.dtype), acc, DOT)
-        acc = dot(seen, up, acc, DOT)
-        acc = dot(seen, down, acc, DOT)
-    return acc
+    hit = (x == sign * INF) | (x != x)
+    return dot(tl.where(keep, HUGE, 0.0).to(tl.bfloat16), tl.where(hit, sign * HUGE, 0.0).to(tl.bfloat16), acc, DOT)

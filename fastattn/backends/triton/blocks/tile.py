@@ -5,9 +5,11 @@ import triton.language as tl
 
 
 @triton.jit
-def offsets(rows, cols, stride_row, stride_col):
-    """Element offsets (R, C) in 64 bits: a row may lie more than 2^31 elements away."""
-    return rows.to(tl.int64)[:, None] * stride_row + cols.to(tl.int64)[None, :] * stride_col
+def offsets(rows, cols, stride_row, stride_col, F: tl.constexpr):
+    """Element offsets (R, C) of one tile from its first row; F.WIDE: they may pass 2^31."""
+    if F.WIDE:
+        rows, cols = rows.to(tl.int64), cols.to(tl.int64)
+    return rows[:, None] * stride_row + cols[None, :] * stride_col
 
 
 @triton.jit

@@ -1,0 +1,30 @@
+"""A tile of a matrix with any two strides: some of its rows by some of its columns."""
+
+import triton
+import triton.language as tl
+
+from fastattn.backends.triton.blocks.cast import cast
+
+
+@triton.jit
+def tile_offsets(m, n, stride_m, stride_n):
+    """Element offsets (BLOCK_M, BLOCK_N) of rows m and columns n, in 64 bits."""
+    return m.to(tl.int64)[:, None] * stride_m + n.to(tl.int64)[None, :] * stride_n
+
+
+@triton.jit
+def inside(m, n, M, N):
+    """Which entries (BLOCK_M, BLOCK_N) of a tile lie in the M × N matrix."""
+    return (m < M)[:, None] & (n < N)[None, :]
+
+
+@triton.jit
+def load_rows(ptr, m, n, stride_m, stride_n, read):
+    """The entries of ptr that `read` selects, as fp32; 0 elsewhere."""
+    return tl.load(ptr + tile_offsets(m, n, stride_m, stride_n), mask=read, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_rows(ptr, value, m, n, stride_m, stride_n, M, N):
+    """ptr[m, n] = value, rounded to ptr's type, inside of the M × N matrix."""
+    tl.store(ptr + tile_offsets(m, n, stride_m, stride_n), cast(value, ptr.dtype.element_ty), mask=inside(m, n, M, N))

@@ -1,0 +1,97 @@
+"""Tiles of the row kernels (LayerNorm, softmax) as data, chosen by pure functions.
+
+A program holds `tiles` fp32 tiles of rows_per_program × BLOCK_N elements in registers. A row of up to BLOCK_N elements
+is read once; a longer one is walked through in chunks of BLOCK_N.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from fastattn.backends.triton.configs import next_power_of_2
+
+# 512 threads share a multiprocessor's 65536 registers at 128 each, of which a quarter is left to addresses and sums.
+MIN_THREADS, MAX_THREADS = 128, 512
+REGISTERS_FOR_TILES = 96
+MIN_TILE = 2048  # elements: 128 threads read two vectors of 8 halves each
+CHUNK = 8192  # elements: 512 threads do
+CONTIGUOUS_ROWS = 64  # elements: 128 bytes of halves
+
+
+@dataclass(frozen=True, slots=True)
+class RowConfig:
+    """One program's tile, and its threads."""
+
+    BLOCK_N: int  # columns of a tile
+    rows_per_program: int  # rows of a tile
+    num_warps: int
+    programs_per_sm: int = 1  # resident at once, if a thread takes 128 registers; for persistent kernels
+
+
+def warp_size(arch: str) -> int:
+    """Threads of a warp: 32; on AMD's accelerators 64."""
+    return 64 if arch.startswith("gfx9") else 32
+
+
+def illegal(config: RowConfig, tiles: int, arch: str) -> str | None:
+    """Why a kernel with `tiles` live tiles cannot run well under this config; None when it can."""
+    for name in ("BLOCK_N", "rows_per_program", "num_warps"):
+        value = getattr(config, name)
+        if value < 1 or value & (value - 1):
+            return f"{name} is {value}, not a power of two"
+    threads = config.num_warps * warp_size(arch)
+    if threads > MAX_THREADS:
+        return f"{threads} threads are more than {MAX_THREADS}"
+    registers = tiles * config.BLOCK_N * config.rows_per_program // threads
+    if registers > REGISTERS_FOR_TILES:
+        return f"the tiles take {registers} registers per thread, more than {REGISTERS_FOR_TILES}"
+    return None
+
+
+@functools.lru_cache(maxsize=4096)
+def row_config(N: int, tiles: int, arch: str, rows: int = MIN_TILE, contiguous_rows: bool = False) -> RowConfig:
+    """For `rows` rows of N elements. `contiguous_rows`: an element's neighbour in memory is in the next row."""
+    per_thread = _floor_power_of_2(REGISTERS_FOR_TILES // tiles)
+    BLOCK_N = next_power_of_2(N)
+    group = max(MIN_TILE // BLOCK_N, CONTIGUOUS_ROWS if contiguous_rows else 1)
+    group = min(group, next_power_of_2(rows))
+    if BLOCK_N * group > MAX_THREADS * per_thread:
+        BLOCK_N, per_thread = CHUNK // group, CHUNK // MAX_THREADS
+    return _with_threads(BLOCK_N, group, per_thread, arch)
+
+
+@functools.lru_cache(maxsize=4096)
+def column_config(N: int, arch: str) -> RowConfig:
+    """For sums down N columns, many rows deep: 256 bytes of each row, where these are halves."""
+    return _columns(128, N, arch)
+
+
+@functools.lru_cache(maxsize=4096)
+def reduce_config(N: int, arch: str) -> RowConfig:
+    """For sums down N columns of a few hundred fp32 rows: narrow, so that many programs share a small matrix."""
+    return _columns(32, N, arch)
+
+
+def _columns(width: int, N: int, arch: str) -> RowConfig:
+    if arch == "interpret":
+        width = MIN_TILE  # a program costs the interpreter the same, wide or narrow
+    BLOCK_N = min(width, next_power_of_2(N))
+    return _with_threads(BLOCK_N, MIN_TILE // BLOCK_N, 16, arch)
+
+
+def _with_threads(BLOCK_N: int, rows: int, per_thread: int, arch: str) -> RowConfig:
+    threads = min(max(BLOCK_N * rows // per_thread, MIN_THREADS), MAX_THREADS)
+    return RowConfig(BLOCK_N, rows, threads // warp_size(arch), MAX_THREADS // threads)
+
+
+def _floor_power_of_2(x: int) -> int:
+    return 1 << (x.bit_length() - 1)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run side by side; the interpreter runs one, and is given 2 so that they have to be added up."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2

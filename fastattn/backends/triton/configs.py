@@ -66,13 +66,13 @@ class BackwardConfig:
 # kernel -> {largest padded head dimension: tile}, for 16-bit inputs
 _TILES: dict[str, dict[str, dict[int, TileConfig]]] = {
     "sm_80": {
-        "forward": {64: TileConfig(128, 64, 4, 3), 128: TileConfig(128, 64, 8, 3), 256: TileConfig(64, 32, 4, 2)},
-        "dq": {64: TileConfig(64, 64, 4, 3), 128: TileConfig(64, 64, 8, 2), 256: TileConfig(32, 32, 4, 2)},
-        "dkdv": {64: TileConfig(64, 64, 4, 3), 128: TileConfig(64, 64, 8, 2), 256: TileConfig(32, 32, 4, 2)},
+        "forward": {64: TileConfig(128, 64, 8, 3), 128: TileConfig(128, 32, 8, 3), 256: TileConfig(64, 32, 4, 2)},
+        "dq": {64: TileConfig(128, 32, 8, 3), 128: TileConfig(64, 64, 8, 2), 256: TileConfig(32, 32, 4, 2)},
+        "dkdv": {64: TileConfig(64, 32, 4, 2), 128: TileConfig(64, 64, 8, 2), 256: TileConfig(32, 32, 4, 2)},
     },
     "sm_90": {
         "forward": {64: TileConfig(128, 64, 8, 3), 128: TileConfig(128, 64, 8, 3), 256: TileConfig(128, 64, 8, 2)},
-        "dq": {64: TileConfig(128, 64, 8, 3), 128: TileConfig(128, 64, 8, 2), 256: TileConfig(64, 32, 8, 2)},
+        "dq": {64: TileConfig(128, 64, 8, 3), 128: TileConfig(128, 32, 8, 2), 256: TileConfig(64, 32, 8, 2)},
         "dkdv": {64: TileConfig(32, 128, 8, 3), 128: TileConfig(32, 64, 8, 2), 256: TileConfig(32, 64, 8, 2)},
     },
     "gfx942": {

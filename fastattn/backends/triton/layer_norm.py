@@ -9,8 +9,8 @@
 
 x, y, dy, dx (M, N) with any strides; mean, rstd (M,) fp32; weight, bias, dweight, dbias (N,). The arithmetic is fp32.
 
-The variance is a sum of squares about the mean, never E[x²] - E[x]². A row that fits one tile is read once; a longer one
-in chunks, whose means and sums of squares are merged by Chan's formula, and a second time to be normalised.
+The variance is a sum of squares about the mean, never E[x²] - E[x]². A row that fits one tile is read once; a longer
+one in chunks, whose means and sums of squares are merged by Chan's formula, and once more to be normalised.
 
 dweight and dbias are summed in two stages without atomics, so they are the same bits on every run: P programs each
 write one fp32 row of partial sums, and a second kernel adds these up in order.
@@ -123,7 +123,7 @@ def _dx_kernel(
     stride_dxm, stride_dxn, stride_dym, stride_dyn, stride_xm, stride_xn,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ONE_TILE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dx by blocks of BLOCK_M rows, P programs taking turns; in one tile also their part of dweight and dbias (P, N)."""
+    """dx by blocks of BLOCK_M rows, P programs taking turns; in one tile also their parts (P, N) of dweight, dbias."""
     n = tl.arange(0, BLOCK_N)
     dweight_sum = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     dbias_sum = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -170,7 +170,7 @@ def _column_kernel(
     stride_dym, stride_dyn, stride_xm, stride_xn,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dweight and dbias parts (P, N) alone: program (c, p) sums BLOCK_N columns over every P-th block of BLOCK_M rows."""
+    """Parts (P, N) of dweight and dbias alone: program (c, p) sums BLOCK_N columns over every P-th block of rows."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     dweight_sum = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     dbias_sum = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)

@@ -7,14 +7,14 @@
     dx = scale · (dy - exp(log y) · Σ dy)        from log y; hidden entries have no part in Σ and get 0
 
 A row is a line of x along `dim`, of N elements. An entry is visible where the mask is True and, if causal, where
-j <= i + shift. What a hidden entry holds is never computed with. A row without visible entries is 0 (log: -inf); one whose
-visible entries are all -inf is NaN there, as torch's is. The arithmetic is fp32.
+j <= i + shift. What a hidden entry holds is never computed with. A row without visible entries is 0 (log: -inf); one
+whose visible entries are all -inf is NaN there, as torch's is. The arithmetic is fp32.
 
 The other dimensions are merged, for all tensors of a call at once, into at most three: (R0, R1, M). A tile is BLOCK_M
 neighbours along M, which are coalesced accesses when `dim` is not the last, by BLOCK_N elements of each of these rows.
 
-A row that fits one tile is read once. A longer one is read twice: for its maximum and sum (backward: its sum), kept up to
-date as chunks of BLOCK_N come by, and for its result.
+A row that fits one tile is read once. A longer one is read twice, in chunks of BLOCK_N: for its maximum and sum (backward:
+its sum), kept up to date as the chunks come by, and for its result.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def _visible(mask, m, n, stride_m, stride_n, M, N, shift, CAUSAL: tl.constexpr):
 
 @triton.jit
 def _load(ptr, m, n, stride_m, stride_n, M, N, shift, CAUSAL: tl.constexpr):
-    """ptr[m, n] as fp32. Causal: not read in groups of 16 columns past the diagonal; whole groups keep the loads wide."""
+    """ptr[m, n] as fp32. Causal: not read past the diagonal, to the next 16 columns, which keep the loads wide."""
     read = inside(m, n, M, N)
     if CAUSAL:
         read &= (n // 16 * 16)[None, :] <= m[:, None] + shift
@@ -70,7 +70,7 @@ def _load(ptr, m, n, stride_m, stride_n, M, N, shift, CAUSAL: tl.constexpr):
 
 @triton.jit
 def _columns_in_sight(first, N, shift, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr):
-    """How many columns the rows from `first` on see; none if it is negative. What is summed along a row may stop there."""
+    """How many columns the rows from `first` on see; none if negative. A sum along the row may stop there."""
     if CAUSAL:
         return tl.minimum(N, first + BLOCK_M + shift)
     else:
@@ -113,9 +113,7 @@ def _forward_kernel(
     m = first + tl.arange(0, BLOCK_M)
     n = tl.arange(0, BLOCK_N)
     if ONE_TILE:
-        s, keep = _scores(
-            x, mask, m, n, stride_xm, stride_xn, stride_maskm, stride_maskn, M, N, scale, shift, CAUSAL
-        )
+        s, keep = _scores(x, mask, m, n, stride_xm, stride_xn, stride_maskm, stride_maskn, M, N, scale, shift, CAUSAL)
         row_max = tl.max(s, 1)
         row_sum = tl.sum(tl.where(keep, tl.exp(s - row_max[:, None]), 0.0), 1)
         store_rows(y, _normalise(s, keep, row_max, row_sum, LOG), m, n, stride_ym, stride_yn, M, N)
@@ -188,8 +186,8 @@ def _backward_kernel(
             dy, y, mask, m, n, stride_dym, stride_dyn, stride_ym, stride_yn, stride_maskm, stride_maskn,
             M, N, shift, LOG, CAUSAL,
         )  # fmt: skip
-        dot = _row_dot(p, dy_tile, LOG)
-        store_rows(dx, _input_gradient(p, dy_tile, keep, dot, scale, LOG), m, n, stride_dxm, stride_dxn, M, N)
+        out = _input_gradient(p, dy_tile, keep, _row_dot(p, dy_tile, LOG), scale, LOG)
+        store_rows(dx, out, m, n, stride_dxm, stride_dxn, M, N)
     else:
         dot = tl.zeros((BLOCK_M,), tl.float32)
         for start in range(0, _columns_in_sight(first, N, shift, CAUSAL, BLOCK_M), BLOCK_N):
@@ -203,7 +201,8 @@ def _backward_kernel(
                 dy, y, mask, m, start + n, stride_dym, stride_dyn, stride_ym, stride_yn, stride_maskm, stride_maskn,
                 M, N, shift, LOG, CAUSAL,
             )  # fmt: skip
-            store_rows(dx, _input_gradient(p, dy_tile, keep, dot, scale, LOG), m, start + n, stride_dxm, stride_dxn, M, N)
+            out = _input_gradient(p, dy_tile, keep, dot, scale, LOG)
+            store_rows(dx, out, m, start + n, stride_dxm, stride_dxn, M, N)
 
 
 class _Rows(NamedTuple):

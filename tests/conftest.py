@@ -1,0 +1,33 @@
+"""Where the tests run: on the GPU if there is one, else in Triton's interpreter on the CPU."""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+import pytest
+import torch
+
+GPU = torch.cuda.is_available()
+if not GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # before fastattn is imported: triton.jit decides at decoration
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not GPU:
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="torch sees no GPU"))
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return torch.device("cuda" if GPU else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def _interpreter_warnings():
+    """The interpreter is numpy: it warns where a GPU computes inf and NaN, which some tests ask for."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=RuntimeWarning, module=r"triton\.runtime\.interpreter")
+        yield

@@ -5,8 +5,8 @@ The `*_spec` functions see shapes, dtypes and plain values, not tensors, so that
 
 from __future__ import annotations
 
-import math
 import numbers
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +17,7 @@ from fastattn.errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from fastattn.spec import AttentionSpec, NormSpec, SoftmaxSpec
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_LARGEST_FLOAT = sys.float_info.max
 _ALIGNMENTS = ("top_left", "bottom_right")
 
 
@@ -24,10 +25,23 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def kind(value: Any) -> str:
+    """What a message calls a value of a wrong type: None, a list, an int."""
+    if value is None:
+        return "None"
+    name = type(value).__name__
+    return f"an {name}" if name[0] in "aeiou" else f"a {name}"
+
+
 def check_tensor(fn: str, name: str, value: Any, optional: bool = False) -> None:
-    if not isinstance(value, Tensor) and not (optional and value is None):
+    if optional and value is None:
+        return
+    if not isinstance(value, Tensor):
         accepted = "a torch.Tensor or None" if optional else "a torch.Tensor"
-        raise ArgumentTypeError(f"{fn}: `{name}` is a {type(value).__name__}; it must be {accepted}.")
+        raise ArgumentTypeError(f"{fn}: `{name}` is {kind(value)}; it must be {accepted}.")
+    if value.layout != torch.strided or value.is_nested:
+        layout = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+        raise ArgumentTypeError(f"{fn}: `{name}` has layout {layout}; it must be strided.")
 
 
 def check_float_dtype(fn: str, name: str, dtype: torch.dtype) -> None:
@@ -44,16 +58,18 @@ def check_same_device(fn: str, name: str, device: torch.device, first: str, expe
 def check_real(fn: str, name: str, value: Any, optional: bool = False) -> None:
     if optional and value is None:
         return
-    if not isinstance(value, (numbers.Real, torch.SymFloat)) or isinstance(value, bool):
+    if isinstance(value, (torch.SymFloat, torch.SymInt)):
+        return
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
         accepted = "a number or None" if optional else "a number"
-        raise ArgumentTypeError(f"{fn}: `{name}` is a {type(value).__name__}; it must be {accepted}.")
-    if not isinstance(value, torch.SymFloat) and not math.isfinite(value):
+        raise ArgumentTypeError(f"{fn}: `{name}` is {kind(value)}; it must be {accepted}.")
+    if not -_LARGEST_FLOAT <= value <= _LARGEST_FLOAT:  # comparisons, which a compiler can trace
         raise ArgumentError(f"{fn}: `{name}` is {value}; it must be finite.")
 
 
 def check_bool(fn: str, name: str, value: Any) -> None:
     if not isinstance(value, bool):
-        raise ArgumentTypeError(f"{fn}: `{name}` is a {type(value).__name__}; it must be True or False.")
+        raise ArgumentTypeError(f"{fn}: `{name}` is {kind(value)}; it must be True or False.")
 
 
 def check_dropout_p(fn: str, value: Any) -> None:
@@ -75,8 +91,10 @@ def check_broadcast(fn: str, name: str, shape: Sequence[int], target: Sequence[i
 def refuse(fn: str, **arguments: Any) -> None:
     """Keywords that are in the signature and not built yet: refused by name unless they say nothing."""
     for name, (value, nothing) in arguments.items():
-        if value is not nothing and value != nothing:
-            raise UnsupportedError(f"{fn}: `{name}` is not implemented yet; leave it at {nothing!r}.")
+        is_number = isinstance(value, (int, float))
+        if value is not nothing and not (is_number and value == nothing):
+            given = value if is_number else kind(value)
+            raise UnsupportedError(f"{fn}: `{name}` is {given}, which is not implemented yet; leave it at {nothing!r}.")
 
 
 def alignment(fn: str, causal: Any, S_q: int, S_k: int) -> tuple[bool, bool]:
@@ -92,47 +110,51 @@ def alignment(fn: str, causal: Any, S_q: int, S_k: int) -> tuple[bool, bool]:
         return True, False
     if isinstance(causal, str) and causal in _ALIGNMENTS:
         return True, causal == "top_left"
-    kind = repr(causal) if isinstance(causal, str) else f"a {type(causal).__name__}"
-    error = ArgumentError if isinstance(causal, str) else ArgumentTypeError
-    raise error(f'{fn}: `causal` is {kind}; it must be False, True, "top_left" or "bottom_right".')
+    error, given = (ArgumentError, repr(causal)) if isinstance(causal, str) else (ArgumentTypeError, kind(causal))
+    raise error(f'{fn}: `causal` is {given}; it must be False, True, "top_left" or "bottom_right".')
 
 
 def window_sides(fn: str, window: Any) -> tuple[int | None, int | None]:
     if window is None:
         return None, None
-    if not isinstance(window, tuple) or len(window) != 2:
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        given = f"{kind(window)} of {len(window)}" if isinstance(window, (tuple, list)) else kind(window)
         raise ArgumentTypeError(
-            f"{fn}: `window` is {window!r}; it must be None or a pair (left, right) of integers, None for unbounded."
+            f"{fn}: `window` is {given}; it must be None or a pair (left, right), None for unbounded."
         )
     for name, side in zip(("left", "right"), window, strict=True):
         if side is None:
             continue
-        if not isinstance(side, int) or isinstance(side, bool):
+        if not isinstance(side, (int, torch.SymInt)) or isinstance(side, bool):
             raise ArgumentTypeError(
-                f"{fn}: the {name} side of `window` is a {type(side).__name__}; it must be an integer or None."
+                f"{fn}: the {name} side of `window` is {kind(side)}; it must be an int, or None for unbounded."
             )
         if side < 0:
             raise ArgumentError(
                 f"{fn}: the {name} side of `window` is {side}; it must be 0 or more, or None for unbounded."
             )
-    return window
+    left, right = window
+    return left, right
 
 
 def attention_shapes(fn: str, q: Sequence[int], k: Sequence[int], v: Sequence[int]) -> None:
-    for name, shape, axes in (("q", q, "(B, H, S_q, D)"), ("k", k, "(B, H_kv, S_k, D)"), ("v", v, "(B, H_kv, S_k, D_v)")):
+    for name, shape, axes in (
+        ("q", q, "(B, H, S_q, D)"),
+        ("k", k, "(B, H_kv, S_k, D)"),
+        ("v", v, "(B, H_kv, S_k, D_v)"),
+    ):
         if len(shape) != 4:
             raise ArgumentError(f"{fn}: `{name}` has shape {tuple(shape)}; it must have four dimensions {axes}.")
-    for name, shape, dim, axis, expected in (
-        ("k", k, 0, "batch size", q[0]),
-        ("v", v, 0, "batch size", q[0]),
-        ("v", v, 1, "number of heads", k[1]),
-        ("v", v, 2, "sequence length", k[2]),
-        ("k", k, 3, "head dimension", q[3]),
+    for name, shape, other, expected, dim, axis in (
+        ("k", k, "q", q, 0, "batch size"),
+        ("v", v, "q", q, 0, "batch size"),
+        ("v", v, "k", k, 1, "number of heads"),
+        ("v", v, "k", k, 2, "sequence length"),
+        ("k", k, "q", q, 3, "head dimension"),
     ):
-        if shape[dim] != expected:
-            other = "q" if expected is q[dim] and (name == "k" or dim == 0) else "k"
+        if shape[dim] != expected[dim]:
             raise ArgumentError(
-                f"{fn}: `{name}` has {axis} {shape[dim]} and `{other}` has {expected}; they must be equal."
+                f"{fn}: `{name}` has {axis} {shape[dim]} and `{other}` has {expected[dim]}; they must be equal."
             )
     if k[1] == 0 or q[1] % k[1] != 0:
         raise ArgumentError(
@@ -142,7 +164,9 @@ def attention_shapes(fn: str, q: Sequence[int], k: Sequence[int], v: Sequence[in
         raise ArgumentError(f"{fn}: `q` has head dimension 0; it must be at least 1.")
 
 
-def same_float_dtype(fn: str, names: Sequence[str], dtypes: Sequence[torch.dtype], devices: Sequence[torch.device]) -> None:
+def same_float_dtype(
+    fn: str, names: Sequence[str], dtypes: Sequence[torch.dtype], devices: Sequence[torch.device]
+) -> None:
     check_float_dtype(fn, names[0], dtypes[0])
     for name, dtype, device in zip(names[1:], dtypes[1:], devices[1:], strict=True):
         if dtype != dtypes[0]:
@@ -154,9 +178,9 @@ def same_float_dtype(fn: str, names: Sequence[str], dtypes: Sequence[torch.dtype
 
 
 def attention_spec(
-    shapes: tuple, dtypes: tuple, devices: tuple, causal, window, scale, softcap, dropout_p, deterministic, present: tuple
+    shapes, dtypes, devices, causal, window, scale, softcap, dropout_p, deterministic, present
 ) -> AttentionSpec:
-    """`present` says which of (bias, mask, alibi_slopes, sinks) were given."""
+    """The first three are of q, k and v; `present` says which of (bias, mask, alibi_slopes, sinks) were given."""
     fn = "attention"
     q, k, v = shapes
     attention_shapes(fn, q, k, v)
@@ -214,7 +238,8 @@ def check_attention_features(q: Tensor, k: Tensor, bias, mask, alibi_slopes, sin
             check_broadcast(fn, name, t.shape, (B, H, S_q, S_k), "(B, H, S_q, S_k)")
     if alibi_slopes is not None and alibi_slopes.shape not in ((H,), (B, H)):
         raise ArgumentError(
-            f"{fn}: `alibi_slopes` has shape {tuple(alibi_slopes.shape)}; it must be (H,) = ({H},) or (B, H) = ({B}, {H})."
+            f"{fn}: `alibi_slopes` has shape {tuple(alibi_slopes.shape)}; "
+            f"it must be (H,) = ({H},) or (B, H) = ({B}, {H})."
         )
     if sinks is not None and sinks.shape != (H,):
         raise ArgumentError(f"{fn}: `sinks` has shape {tuple(sinks.shape)}; it must be (H,) = ({H},).")
@@ -223,10 +248,15 @@ def check_attention_features(q: Tensor, k: Tensor, bias, mask, alibi_slopes, sin
 def norm_spec(fn: str, x: Sequence[int], x_dtype, x_device, normalized_shape, parameters: tuple, eps) -> NormSpec:
     """`parameters`: for weight and bias, (shape, dtype, device) or None."""
     check_float_dtype(fn, "x", x_dtype)
-    if not isinstance(normalized_shape, tuple) or not all(isinstance(n, (int, torch.SymInt)) for n in normalized_shape):
+    if not isinstance(normalized_shape, tuple):
         raise ArgumentTypeError(
-            f"{fn}: `normalized_shape` is {normalized_shape!r}; it must be an integer or a sequence of integers."
+            f"{fn}: `normalized_shape` is {kind(normalized_shape)}; it must be an int or a list or tuple of ints."
         )
+    for n in normalized_shape:
+        if not isinstance(n, (int, torch.SymInt)):
+            raise ArgumentTypeError(
+                f"{fn}: `normalized_shape` holds {kind(n)}; it must be an int or a list or tuple of ints."
+            )
     if not normalized_shape or tuple(x[-len(normalized_shape) :]) != normalized_shape:
         raise ArgumentError(
             f"{fn}: `normalized_shape` is {normalized_shape}, but `x` has shape {tuple(x)}; "
@@ -258,10 +288,12 @@ def norm_spec(fn: str, x: Sequence[int], x_dtype, x_device, normalized_shape, pa
 def softmax_spec(fn: str, x: Sequence[int], dtype, dim, scale, causal, mask: bool) -> SoftmaxSpec:
     check_float_dtype(fn, "x", dtype)
     if not isinstance(dim, int) or isinstance(dim, bool):
-        raise ArgumentTypeError(f"{fn}: `dim` is a {type(dim).__name__}; it must be an integer.")
+        raise ArgumentTypeError(f"{fn}: `dim` is {kind(dim)}; it must be an int.")
     n = max(len(x), 1)  # a 0-d tensor counts as one of length 1, as in torch
     if not -n <= dim < n:
-        raise ArgumentError(f"{fn}: `dim` is {dim}; for an x of {len(x)} dimensions it must lie between {-n} and {n - 1}.")
+        raise ArgumentError(
+            f"{fn}: `dim` is {dim}; for an x of {len(x)} dimensions it must lie between {-n} and {n - 1}."
+        )
     check_real(fn, "scale", scale)
     dim = dim if dim < 0 else dim - n
     is_causal = top_left = False

@@ -7,19 +7,20 @@ fills tensors, and `fastattn.ops` gives it its derivative.
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TypeAlias
 
 import torch
 
+from fastattn.backends import eager, reference, triton
 from fastattn.errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from fastattn.spec import AttentionSpec, NormSpec, SoftmaxSpec
 
 Spec: TypeAlias = AttentionSpec | NormSpec | SoftmaxSpec
 
-ORDER: tuple[str, ...] = ("triton", "eager", "reference")
+_BACKENDS: dict[str, ModuleType] = {backend.NAME: backend for backend in (triton, eager, reference)}
+ORDER: tuple[str, ...] = tuple(_BACKENDS)
 
 
 def get(name: str) -> ModuleType:
@@ -28,7 +29,7 @@ def get(name: str) -> ModuleType:
         raise ArgumentTypeError(f"`backend` is a {type(name).__name__}; it must be None or one of {', '.join(ORDER)}.")
     if name not in ORDER:
         raise ArgumentError(f"`backend` is {name!r}; it must be None or one of {', '.join(ORDER)}.")
-    return importlib.import_module(f"fastattn.backends.{name}")
+    return _BACKENDS[name]
 
 
 def unsupported(name: str, spec: Spec, device: torch.device) -> str | None:

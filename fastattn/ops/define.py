@@ -88,8 +88,11 @@ class Operator:
                 return self._eager.apply(*inputs, spec, backend)
             return self._run(inputs, spec, backend)
         if torch.compiler.is_compiling() or not _transformed():
-            return self._custom_op(*inputs, *self.definition.encode(spec), backend)
+            return self._call_custom(inputs, spec, backend)
         return self.function.apply(*inputs, spec, backend)
+
+    def _call_custom(self, inputs: Sequence[Tensor | None], spec: Spec, backend: str) -> Tensors:
+        return _as_tuple(self._custom_op(*inputs, *self.definition.encode(spec), backend))
 
     def _call_backward(self, grads: Tensors, saved: Tensors, wanted: Sequence[bool], spec: Spec, backend: str) -> Tensors:
         """Gradients under any transform, None where not wanted; differentiating them again raises."""
@@ -123,7 +126,7 @@ class Operator:
                 *inputs, spec, backend = args
                 if is_plain(*inputs):
                     return op._run(tuple(inputs), spec, backend)
-                return op._custom_op(*inputs, *op.definition.encode(spec), backend)
+                return op._call_custom(inputs, spec, backend)
 
             @staticmethod
             def setup_context(ctx, inputs, output):
@@ -227,12 +230,12 @@ class Operator:
             inputs, (*values, backend) = args[:n], args[n:]
             spec = d.decode(dict(zip(names, inputs, strict=True)), *values)
             with _no_autocast(inputs):
-                return self._run(inputs, spec, backend)
+                return _as_result(self._run(inputs, spec, backend))
 
         def forward_fake(*args):
             inputs, (*values, _) = args[:n], args[n:]
             spec = d.decode(dict(zip(names, inputs, strict=True)), *values)
-            return d.allocate(inputs, spec)
+            return _as_result(d.allocate(inputs, spec))
 
         def backward(*args):
             tensors, (wanted, *values, backend) = args[:n_backward], args[n_backward:]
@@ -254,10 +257,11 @@ class Operator:
         self._custom_backward.register_fake(backward_fake)
 
         def setup_context(ctx, inputs, output):
-            ctx.save_for_backward(*self._saved(inputs[:n], output))
+            outputs = _as_tuple(output)
+            ctx.save_for_backward(*self._saved(inputs[:n], outputs))
             ctx.rest = inputs[n:]
             ctx.set_materialize_grads(False)
-            ctx.mark_non_differentiable(*(output[i] for i in self._fixed_outputs))
+            ctx.mark_non_differentiable(*(outputs[i] for i in self._fixed_outputs))
 
         def autograd(ctx, *grads):
             wanted = list(ctx.needs_input_grad[:n])
@@ -269,7 +273,10 @@ class Operator:
             raise self._no_double_backward()
 
         def vmap(info, in_dims, *args):
-            return self._vmap(info.batch_size, in_dims[:n], lambda *ts: self._custom_op(*ts, *args[n:]), args[:n])
+            outputs, dims = self._vmap(
+                info.batch_size, in_dims[:n], lambda *ts: _as_tuple(self._custom_op(*ts, *args[n:])), args[:n]
+            )
+            return _as_result(outputs), _as_result(dims)
 
         def vmap_backward(info, in_dims, *args):
             return self._vmap(
@@ -283,6 +290,15 @@ class Operator:
         self._custom_op.register_vmap(vmap)
         self._custom_backward.register_autograd(no_double_backward)
         self._custom_backward.register_vmap(vmap_backward)
+
+
+def _as_result(outputs: Tensors) -> Any:
+    """A custom op with one output returns the tensor itself."""
+    return outputs[0] if len(outputs) == 1 else outputs
+
+
+def _as_tuple(result: Any) -> Tensors:
+    return (result,) if isinstance(result, Tensor) else result
 
 
 def _transformed() -> bool:

@@ -22,14 +22,14 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MAX_HEAD_DIM = 256
 
 
-@functools.cache
-def _installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-@functools.cache
+@torch.compiler.assume_constant_result
 def available(device: torch.device) -> str | None:
-    if not _installed():
+    return _available(device)
+
+
+@functools.cache
+def _available(device: torch.device) -> str | None:
+    if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if INTERPRET and device.type in ("cpu", "cuda"):
         return None

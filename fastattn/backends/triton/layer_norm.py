@@ -306,3 +306,27 @@ def _launch_reduce(dweight, dbias, dweight_parts, dbias_parts) -> None:
         dweight, dbias, dweight_parts, dbias_parts, P, N,
         BLOCK_P=config.rows_per_program, BLOCK_N=config.BLOCK_N, num_warps=config.num_warps,
     )  # fmt: skip
+
+
+def inspect_cases(arch: str) -> list[KernelCase]:
+    """The compilations that the ahead-of-time report shows."""
+    from fastattn.backends.triton.row_cases import SHAPES, row_case
+
+    no_parts = {"dweight_parts": None, "dbias_parts": None}
+    cases = []
+    for dtype, N in SHAPES:
+        forward, dx, fused = (row_config(N, tiles, arch) for tiles in (FORWARD_TILES, DX_TILES, FUSED_TILES))
+        kernels = [
+            ("forward", _forward_kernel, forward, {"ONE_TILE": N <= forward.BLOCK_N}),
+            ("dx", _dx_kernel, dx, {**no_parts, "ONE_TILE": N <= dx.BLOCK_N, "STAGES": 1}),
+            ("reduce", _reduce_kernel, reduce_config(N, arch), {}),
+        ]
+        if N <= fused.BLOCK_N:
+            kernels.append(("backward", _dx_kernel, fused, {"ONE_TILE": True, "STAGES": DX_STAGES}))
+        else:
+            kernels.append(("columns", _column_kernel, column_config(N, arch), {"STAGES": COLUMN_STAGES}))
+        pointers = dict.fromkeys(("y", "x", "dx", "dy", "weight", "bias", "dweight", "dbias"), f"*{dtype}")
+        pointers |= dict.fromkeys(("mean", "rstd", "dweight_parts", "dbias_parts"), "*fp32")
+        for name, kernel, config, constexprs in kernels:
+            cases.append(row_case(f"layer_norm/{name}/{dtype}/{N}", kernel, config, pointers, **constexprs))
+    return cases

@@ -13,8 +13,8 @@ whose visible entries are all -inf is NaN there, as torch's is. The arithmetic i
 The other dimensions are merged, for all tensors of a call at once, into at most three: (R0, R1, M). A tile is BLOCK_M
 neighbours along M, which are coalesced accesses when `dim` is not the last, by BLOCK_N elements of each of these rows.
 
-A row that fits one tile is read once. A longer one is read twice, in chunks of BLOCK_N: for its maximum and sum (backward:
-its sum), kept up to date as the chunks come by, and for its result.
+A row that fits one tile is read once. A longer one is read twice, in chunks of BLOCK_N: for its maximum and sum
+(backward: its sum), kept up to date as the chunks come by, and for its result.
 """
 
 from __future__ import annotations
@@ -46,6 +46,12 @@ def _locate(R1, M, BLOCK_M: tl.constexpr):
     blocks = tl.cdiv(M, BLOCK_M)
     outer = (tl.program_id(0) // blocks).to(tl.int64)
     return outer // R1, outer % R1, (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_M
+
+
+@triton.jit
+def _last_visible(m, N, shift):
+    """The last column that each row of a causal tile sees, -1 if none; in 32 bits, unless N needs more."""
+    return tl.maximum(tl.minimum(m + shift, N - 1), -1).to(N.dtype)[:, None]
 
 
 @triton.jit
@@ -279,3 +285,27 @@ def launch_forward(y: Tensor, x: Tensor, mask: Tensor | None, spec: SoftmaxSpec,
 def launch_backward(dx: Tensor, dy: Tensor, y: Tensor, mask: Tensor | None, spec: SoftmaxSpec, dim: int) -> None:
     """Fills dx from dy and the forward's result y."""
     _launch(_backward_kernel, (dx, dy, y), mask, BACKWARD_TILES, spec, dim)
+
+
+def inspect_cases(arch: str) -> list[KernelCase]:
+    """The compilations that the ahead-of-time report shows."""
+    from fastattn.backends.triton.row_cases import SHAPES, row_case
+
+    no_mask = {"mask": None, **dict.fromkeys((f"stride_mask{d}" for d in "01mn"), 0)}
+    cases = []
+    for dtype, N in SHAPES:
+        for name, kernel, tensors, tiles in (
+            ("forward", _forward_kernel, ("y", "x"), FORWARD_TILES),
+            ("backward", _backward_kernel, ("dx", "dy", "y"), BACKWARD_TILES),
+        ):
+            config = row_config(N, tiles, arch)
+            for feature, log, causal, masked in (
+                ("plain", False, False, False),
+                ("log", True, False, False),
+                ("causal", False, True, False),
+                ("mask", False, False, True),
+            ):
+                pointers = dict.fromkeys(tensors, f"*{dtype}") | ({"mask": "*i1"} if masked else {})
+                flags = {"LOG": log, "CAUSAL": causal, "ONE_TILE": N <= config.BLOCK_N, **({} if masked else no_mask)}
+                cases.append(row_case(f"softmax/{name}/{feature}/{dtype}/{N}", kernel, config, pointers, **flags))
+    return cases

@@ -1,0 +1,31 @@
+"""What the ahead-of-time report compiles of a row kernel: a contiguous matrix, as its launcher would run it."""
+
+from __future__ import annotations
+
+import triton
+
+from fastattn.backends.triton.inspection import KernelCase
+from fastattn.backends.triton.row_configs import RowConfig
+
+# (dtype, N): rows of one tile in every kernel up to 8192
+SHAPES = tuple((dtype, N) for dtype in ("bf16", "fp32") for N in (1024, 4096, 8192, 65536))
+_FLOATS = ("eps", "scale")
+_UNKNOWN = ("M", "R1", "P", "shift")  # integers of which nothing is assumed
+
+
+def row_case(
+    name: str, kernel: triton.JITFunction, config: RowConfig, pointers: dict[str, str], **constexprs: object
+) -> KernelCase:
+    """Steps along a row are 1; its length, other steps and pointers are multiples of 16.
+
+    `pointers` has the type of each pointer argument, and may have more.
+    """
+    constexprs |= {"BLOCK_N": config.BLOCK_N}
+    constexprs |= {rows: config.rows_per_program for rows in ("BLOCK_M", "BLOCK_P") if rows in kernel.arg_names}
+    constexprs |= {step: 1 for step in kernel.arg_names if step.startswith("stride_") and step.endswith("n")}
+    others = [argument for argument in kernel.arg_names if argument not in constexprs and argument not in pointers]
+    pointers = {argument: pointers[argument] for argument in kernel.arg_names if argument in pointers.keys() - constexprs}
+    scalars = {argument: "fp32" if argument in _FLOATS else "i32" for argument in others}
+    aligned = (*pointers, *(argument for argument in others if argument not in _FLOATS + _UNKNOWN))
+    # The kernels' loops say themselves how far they read ahead; num_stages is without effect.
+    return KernelCase(name, kernel, pointers | scalars, constexprs, config.num_warps, 1, aligned)

@@ -1,6 +1,8 @@
 """LayerNorm in plain torch: the truth that each backend is held to.
 
-    y = (x - mean) / sqrt(var + eps) · weight + bias        mean, var over the last dimensions; var biased
+    y = (x - mean) / sqrt(var + eps) · weight + bias
+
+with mean and (biased) variance over the last dimensions.
 """
 
 from __future__ import annotations

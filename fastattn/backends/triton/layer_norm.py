@@ -135,15 +135,15 @@ def _dx_kernel(
         dy_tile, g, x_hat = _load_gradient(
             dy, x, weight, mu, r, m, n, stride_dym, stride_dyn, stride_xm, stride_xn, M, N
         )
+        if dweight_parts is not None:
+            dweight_sum += dy_tile * x_hat
+        if dbias_parts is not None:
+            dbias_sum += dy_tile
         g_sum = tl.sum(g, 1)
         dot = tl.sum(g * x_hat, 1)
         if ONE_TILE:
             out = r[:, None] * (g - (g_sum / N)[:, None] - x_hat * (dot / N)[:, None])
             store_rows(dx, out, m, n, stride_dxm, stride_dxn, M, N)
-            if dweight_parts is not None:
-                dweight_sum += dy_tile * x_hat
-            if dbias_parts is not None:
-                dbias_sum += dy_tile
         else:
             for start in range(BLOCK_N, N, BLOCK_N):
                 _, g, x_hat = _load_gradient(

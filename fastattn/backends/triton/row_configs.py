@@ -16,8 +16,7 @@ from fastattn.backends.triton.configs import next_power_of_2
 # 512 threads share a multiprocessor's 65536 registers at 128 each, of which a quarter is left to addresses and sums.
 MIN_THREADS, MAX_THREADS = 128, 512
 REGISTERS_FOR_TILES = 96
-MIN_TILE = 2048  # elements: 128 threads read two vectors of 8 halves each
-CHUNK = 8192  # elements: 512 threads do
+ELEMENTS = 16  # per thread and tile: two vectors of 8 halves; more only where there are no more threads
 CONTIGUOUS_ROWS = 64  # elements: 128 bytes of halves
 
 
@@ -52,15 +51,14 @@ def illegal(config: RowConfig, tiles: int, arch: str) -> str | None:
 
 
 @functools.lru_cache(maxsize=4096)
-def row_config(N: int, tiles: int, arch: str, rows: int = MIN_TILE, contiguous_rows: bool = False) -> RowConfig:
+def row_config(N: int, tiles: int, arch: str, rows: int = 1 << 30, contiguous_rows: bool = False) -> RowConfig:
     """For `rows` rows of N elements. `contiguous_rows`: an element's neighbour in memory is in the next row."""
-    per_thread = _floor_power_of_2(REGISTERS_FOR_TILES // tiles)
     BLOCK_N = next_power_of_2(N)
-    group = max(MIN_TILE // BLOCK_N, CONTIGUOUS_ROWS if contiguous_rows else 1)
+    group = max(MIN_THREADS * ELEMENTS // BLOCK_N, CONTIGUOUS_ROWS if contiguous_rows else 1)
     group = min(group, next_power_of_2(rows))
-    if BLOCK_N * group > MAX_THREADS * per_thread:
-        BLOCK_N, per_thread = CHUNK // group, CHUNK // MAX_THREADS
-    return _with_threads(BLOCK_N, group, per_thread, arch)
+    if BLOCK_N * group > MAX_THREADS * _floor_power_of_2(REGISTERS_FOR_TILES // tiles):
+        BLOCK_N = MAX_THREADS * ELEMENTS // group
+    return _with_threads(BLOCK_N, group, arch)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -76,14 +74,15 @@ def reduce_config(N: int, arch: str) -> RowConfig:
 
 
 def _columns(width: int, N: int, arch: str) -> RowConfig:
+    tile = MIN_THREADS * ELEMENTS
     if arch == "interpret":
-        width = MIN_TILE  # a program costs the interpreter the same, wide or narrow
+        width = tile  # a program costs the interpreter the same, wide or narrow
     BLOCK_N = min(width, next_power_of_2(N))
-    return _with_threads(BLOCK_N, MIN_TILE // BLOCK_N, 16, arch)
+    return _with_threads(BLOCK_N, tile // BLOCK_N, arch)
 
 
-def _with_threads(BLOCK_N: int, rows: int, per_thread: int, arch: str) -> RowConfig:
-    threads = min(max(BLOCK_N * rows // per_thread, MIN_THREADS), MAX_THREADS)
+def _with_threads(BLOCK_N: int, rows: int, arch: str) -> RowConfig:
+    threads = min(max(BLOCK_N * rows // ELEMENTS, MIN_THREADS), MAX_THREADS)
     return RowConfig(BLOCK_N, rows, threads // warp_size(arch), MAX_THREADS // threads)
 
 

@@ -61,7 +61,7 @@ def _visible(mask, m, n, stride_m, stride_n, M, N, shift, CAUSAL: tl.constexpr):
     if mask is not None:
         keep &= tl.load(mask + tile_offsets(m, n, stride_m, stride_n), mask=keep, other=0) != 0
     if CAUSAL:
-        keep &= n[None, :] <= m[:, None] + shift
+        keep &= n[None, :] <= _last_visible(m, N, shift)
     return keep
 
 
@@ -70,7 +70,7 @@ def _load(ptr, m, n, stride_m, stride_n, M, N, shift, CAUSAL: tl.constexpr):
     """ptr[m, n] as fp32. Causal: not read past the diagonal, to the next 16 columns, which keep the loads wide."""
     read = inside(m, n, M, N)
     if CAUSAL:
-        read &= (n // 16 * 16)[None, :] <= m[:, None] + shift
+        read &= (n // 16 * 16)[None, :] <= _last_visible(m, N, shift)
     return load_rows(ptr, m, n, stride_m, stride_n, read)
 
 

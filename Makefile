@@ -1,0 +1,39 @@
+# make demo    train a small Transformer twice, with torch.nn and with fastattn, and compare
+# make test    the tests, without those marked slow
+# make lint    style and types
+# make clean   remove what the above left behind
+#
+# Each needs Python 3.11 or newer and prepares .venv itself; another interpreter: make PYTHON=python3.12 demo
+
+PYTHON ?= python3
+VENV ?= .venv
+DEMO_ARGS ?=
+TEST_ARGS ?=
+
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint clean
+
+demo: $(READY)
+	$(BIN)/python examples/train_lm.py $(DEMO_ARGS)
+
+# One thread a worker: the tests are many small calls, and workers share the cores already.
+test: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" -n auto --maxprocesses 8 $(TEST_ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist out *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(READY): pyproject.toml setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("fastattn needs Python 3.11 or newer; $(PYTHON) is %d.%d. Name another: make PYTHON=python3.12" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
+	@$(PYTHON) -m venv $(VENV) || { echo "$(PYTHON) has no working venv module; Debian and Ubuntu ship it as python3-venv." >&2; exit 1; }
+	@echo "Preparing $(VENV): torch and the tools, a few minutes the first time."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,dev]'
+	@touch $@

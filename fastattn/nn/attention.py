@@ -1,0 +1,269 @@
+"""Multi-head attention as a module."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastattn.errors import ArgumentError, UnsupportedError
+from fastattn.functional import attention
+from fastattn.nn.weights import attend_with_weights
+
+
+class ContractError(ArgumentError, AssertionError, RuntimeError):
+    """A call that torch.nn.MultiheadAttention refuses too, there with an AssertionError or a RuntimeError."""
+
+
+class MultiheadAttention(nn.MultiheadAttention):
+    """Attention over several learned projections at once; a drop-in for `torch.nn.MultiheadAttention`.
+
+    ``MultiHead(Q, K, V) = Concat(head_1, …, head_H) W_O + b_O``, with
+    ``head_h = softmax(q_h k_hᵀ / sqrt(D) + mask) v_h`` and ``q_h, k_h, v_h`` linear in Q, K and V.
+
+    Below, N is the batch size, L and S count queries and keys, E = embed_dim, H = num_heads, D = E / H.
+
+    Args:
+        embed_dim: E, width of the query and of the output.
+        num_heads: H, a divisor of E.
+        dropout: probability of dropping an attention weight, in training.
+        bias: whether the input and output projections have biases.
+        add_bias_kv: append one learned key and value to the projected ones.
+        add_zero_attn: append one key and value of zeros to the projected ones.
+        kdim, vdim: widths of key and value; None: E.
+        batch_first: query, key, value and output are (N, L, E) if True, (L, N, E) if False.
+        device, dtype: of the parameters.
+
+    Call ``module(query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None,
+    average_attn_weights=True, is_causal=False)`` with:
+        query, key, value: (N, L, E), (N, S, kdim), (N, S, vdim), or as batch_first says; unbatched (L, E),
+            (S, kdim), (S, vdim). The same tensor passed twice is projected by one matrix product. One strided
+            nested tensor may be passed as all three, without masks.
+        key_padding_mask: (N, S), or (S,) unbatched. bool, True = hide that key; floating-point is added to the scores.
+        attn_mask: (L, S), or (N·H, L, S). bool, True = hide; floating-point is added to the scores.
+        is_causal: a promise that attn_mask, which must be given, is the causal mask. As in torch it replaces attn_mask
+            (and so the causal kernel runs, aligned top-left) only when there is no key_padding_mask and
+            need_weights is False; appended keys (add_bias_kv, add_zero_attn) then count as future ones.
+        need_weights: return the attention weights. Averaged, they are accumulated one head at a time, so that
+            memory stays O(N·L·S); False is faster.
+        average_attn_weights: average the weights over the heads.
+
+    Returns of a call: (output, weights). The output has the query's shape. The weights are None, (N, L, S), or
+    (N, H, L, S) if not averaged, without N if unbatched; S includes appended keys. As in torch they are the
+    weights after dropout. A query that sees no key has weights 0 and attention output 0, where torch may give NaN.
+
+    Raises:
+        ContractError: a shape or dtype that is not the above, or is_causal without attn_mask. It is an ArgumentError
+            as well as the AssertionError and the RuntimeError that torch raises in its place.
+        UnsupportedError: a nested tensor in any other use.
+
+    Source: Vaswani et al. 2017, "Attention Is All You Need", section 3.2.2; interface of torch.nn.MultiheadAttention.
+
+    >>> mha = MultiheadAttention(embed_dim=64, num_heads=4, batch_first=True)
+    >>> x = torch.randn(2, 10, 64)
+    >>> output, weights = mha(x, x, x)
+    >>> output.shape, weights.shape
+    (torch.Size([2, 10, 64]), torch.Size([2, 10, 10]))
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
+        )
+        # torch's TransformerEncoderLayer computes attention from our weights without calling us, unless we have a hook.
+        self.register_forward_pre_hook(_be_called)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        if query.is_nested or key.is_nested or value.is_nested:
+            self_attention = query is key and key is value and query.layout == torch.strided
+            if not self_attention or key_padding_mask is not None or attn_mask is not None:
+                raise UnsupportedError(
+                    "query, key and value may be nested only if they are one tensor of strided layout, without "
+                    "attn_mask and key_padding_mask; pad them and pass key_padding_mask instead."
+                )
+            return self._attend_nested(query, need_weights, average_attn_weights)
+        if is_causal and attn_mask is None:
+            raise ContractError("is_causal says that attn_mask is the causal mask, so attn_mask is needed; it is None.")
+        causal = is_causal and key_padding_mask is None and not need_weights
+        if causal:
+            attn_mask = None
+        self._check(query, key, value, key_padding_mask, attn_mask)
+
+        batched = query.dim() == 3
+        q, k, v = (self._split_heads(x, batched) for x in self._project(query, key, value))
+        k, v = self._append_keys(k, v)
+        mask, bias = self._merge_masks(attn_mask, key_padding_mask)
+        dropout_p = self.dropout if self.training else 0.0
+        weights = None
+        if need_weights:
+            o, weights = attend_with_weights(q, k, v, bias, mask, dropout_p, average_attn_weights)
+            weights = weights if batched else weights.squeeze(0)
+        else:
+            alignment = "top_left" if causal else False
+            o = attention(q, k, v, causal=alignment, bias=bias, mask=mask, dropout_p=dropout_p)
+        return self.out_proj(self._join_heads(o, batched)), weights
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+        """q, k and v, each (…, E); inputs that are the same tensor share one matrix product."""
+        E = self.embed_dim
+        inputs, sizes = [query, key, value], [E, E, E]
+        weights: Sequence[Tensor] = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        if self._qkv_same_embed_dim:
+            if query is key and key is value:
+                inputs, sizes = [query], [3 * E]
+            elif key is value:
+                inputs, sizes = [query, key], [E, 2 * E]
+            weights = self.in_proj_weight.split(sizes)
+        bias = self.in_proj_bias
+        biases = [None] * len(sizes) if bias is None else bias.split(sizes)
+        return [
+            part
+            for x, weight, bias in zip(inputs, weights, biases, strict=True)
+            for part in F.linear(x, weight, bias).split(E, dim=-1)
+        ]
+
+    def _split_heads(self, x: Tensor, batched: bool) -> Tensor:
+        """(N, L, E), (L, N, E) or (L, E) to a view (N, H, L, D)."""
+        x = x.unflatten(-1, (self.num_heads, self.head_dim))
+        if not batched:
+            x = x.unsqueeze(0)
+        elif not self.batch_first:
+            x = x.transpose(0, 1)
+        return x.transpose(1, 2)
+
+    def _join_heads(self, o: Tensor, batched: bool) -> Tensor:
+        """(N, H, L, D) to (N, L, E), (L, N, E) or (L, E)."""
+        o = o.transpose(1, 2)
+        if not batched:
+            o = o.squeeze(0)
+        elif not self.batch_first:
+            o = o.transpose(0, 1)
+        return o.flatten(-2)
+
+    @property
+    def _appended(self) -> int:
+        """Number of keys that belong to the module."""
+        return (self.bias_k is not None) + self.add_zero_attn
+
+    def _append_keys(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """k and v (N, H, S, D) followed by the learned key and the zero key, where there are such."""
+        if not self._appended:
+            return k, v
+        N, H, _, D = k.shape
+        extended = []
+        for x, learned in ((k, self.bias_k), (v, self.bias_v)):
+            parts = [x]
+            if learned is not None:
+                parts.append(learned.to(x.dtype).view(1, H, 1, D).expand(N, H, 1, D))
+            if self.add_zero_attn:
+                parts.append(x.new_zeros(N, H, 1, D))
+            extended.append(torch.cat(parts, dim=2))
+        return extended[0], extended[1]
+
+    def _merge_masks(
+        self, attn_mask: Tensor | None, key_padding_mask: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(mask, bias) to broadcast to (N, H, L, S): bool ones joined, True = attend, and floating-point ones added."""
+        hidden, bias = None, None
+        for x in (attn_mask, key_padding_mask):
+            if x is None:
+                continue
+            if x is key_padding_mask:
+                x = x.reshape(-1, 1, 1, x.shape[-1])
+            elif x.dim() == 3:
+                x = x.unflatten(0, (-1, self.num_heads))
+            else:
+                x = x[None, None]
+            x = F.pad(x, (0, self._appended))  # the module's own keys are visible
+            if x.dtype == torch.bool:
+                hidden = x if hidden is None else hidden | x
+            else:
+                bias = x if bias is None else bias + x
+        return None if hidden is None else ~hidden, bias
+
+    def _attend_nested(self, x: Tensor, need_weights: bool, average: bool) -> tuple[Tensor, Tensor | None]:
+        """Self-attention over a nested batch of (L_n, E): pad, hide the padding, nest again. Weights stay padded."""
+        lengths = [t.shape[0] for t in x.unbind()]
+        padded = x.to_padded_tensor(0.0)  # (N, L, E)
+        padding = torch.arange(padded.shape[1]) >= torch.tensor(lengths)[:, None]  # (N, L)
+        if not self.batch_first:
+            padded = padded.transpose(0, 1)
+        o, weights = self.forward(padded, padded, padded, padding.to(x.device), need_weights, None, average)
+        if not self.batch_first:
+            o = o.transpose(0, 1)
+        return torch.nested.as_nested_tensor([o_n[:n] for o_n, n in zip(o, lengths, strict=True)]), weights
+
+    def _check(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        attn_mask: Tensor | None,
+    ) -> None:
+        if query.dim() not in (2, 3):
+            raise ContractError(f"query must be (L, E) or batched with 3 dimensions, but has shape {_shape(query)}.")
+        for name, x, width in (("query", query, self.embed_dim), ("key", key, self.kdim), ("value", value, self.vdim)):
+            if x.dim() != query.dim() or x.shape[-1] != width:
+                raise ContractError(
+                    f"{name} must have {query.dim()} dimensions like query, the last of size {width}, "
+                    f"but has shape {_shape(x)}."
+                )
+        batched = query.dim() == 3
+        batch, length = (0, 1) if self.batch_first else (1, 0)
+        if not batched:
+            length = 0
+        N = query.shape[batch] if batched else 1
+        L, S = query.shape[length], key.shape[length]
+        if key.shape[:-1] != value.shape[:-1] or (batched and key.shape[batch] != N):
+            raise ContractError(
+                "key and value must agree in length and batch size, and with query in batch size, but query, key and "
+                f"value have shapes {_shape(query)}, {_shape(key)} and {_shape(value)}."
+            )
+        padding_shape = (N, S) if batched else (S,)
+        attn_shapes = ((L, S), (N * self.num_heads, L, S))
+        for name, mask, accepted in (
+            ("key_padding_mask", key_padding_mask, (padding_shape,)),
+            ("attn_mask", attn_mask, attn_shapes),
+        ):
+            if mask is None:
+                continue
+            if mask.dtype != torch.bool and not mask.is_floating_point():
+                raise ContractError(f"{name} must be bool or floating-point, but is {mask.dtype}.")
+            if _shape(mask) not in accepted:
+                shapes = " or ".join(map(str, accepted))
+                raise ContractError(f"{name} must have shape {shapes}, but has shape {_shape(mask)}.")
+
+
+def _be_called(module: nn.Module, args: tuple[Any, ...]) -> None:
+    """A hook that does nothing: its presence makes torch.nn.TransformerEncoderLayer call the module."""
+
+
+def _shape(x: Tensor) -> tuple[int, ...]:
+    return tuple(x.shape)

@@ -1,0 +1,42 @@
+"""Softmax as a module."""
+
+from __future__ import annotations
+
+import warnings
+
+from torch import Tensor, nn
+
+from fastattn.functional import softmax
+
+
+class Softmax(nn.Softmax):
+    """Rescale a tensor so that its slices along one dimension are probabilities; a drop-in for `torch.nn.Softmax`.
+
+    ``y_i = exp(x_i) / Σ_j exp(x_j)`` along ``dim``.
+
+    Args:
+        dim: the dimension that sums to 1. None picks torch's implicit one (0 for 0-, 1- and 3-D tensors, else 1)
+            and warns as torch does.
+
+    Returns of a call: ``module(x)``, x floating-point of any shape, is a tensor of x's shape and dtype.
+
+    Raises:
+        ArgumentError: a call whose x has no dimension ``dim``.
+
+    Source: torch.nn.Softmax.
+
+    >>> Softmax(dim=-1)(torch.zeros(2, 4))
+    tensor([[0.2500, 0.2500, 0.2500, 0.2500],
+            [0.2500, 0.2500, 0.2500, 0.2500]])
+    """
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name, callers pass it by keyword
+        dim = self.dim
+        if dim is None:
+            dim = 0 if input.dim() in (0, 1, 3) else 1
+            warnings.warn(
+                f"Softmax was built without dim, and dim={dim} was chosen for a {input.dim()}-D input; "
+                "pass dim, the choice is deprecated in torch.",
+                stacklevel=4,  # past Module.__call__, to the caller's line
+            )
+        return softmax(input, dim)

@@ -1,0 +1,397 @@
+"""What a wrong call gets: the exception it is due, in a sentence with the argument, what came and what is accepted."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+import fastattn
+from fastattn.errors import ArgumentError, ArgumentTypeError, FastattnError, UnsupportedError
+
+JARGON = ("None of", "NoneType", "Traceback", "Error", "unhashable", "aten::", " at 0x", "tensor(", "object")
+
+
+@dataclass(frozen=True)
+class T:
+    """A tensor of ones, made when a test runs; `device` None is the one that the tests run on."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+    device: str | None = None
+    layout: str = "strided"
+
+    def make(self, device: torch.device) -> Tensor:
+        t = torch.ones(self.shape, device=self.device or device).to(self.dtype)
+        if self.layout == "nested":
+            return torch.nested.nested_tensor(list(t.unbind()), layout=torch.jagged)
+        return t.to_sparse() if self.layout == "sparse_coo" else t
+
+
+@dataclass(frozen=True)
+class Wrong:
+    """A call, the exception it raises, and pieces of the message."""
+
+    name: str
+    fn: Callable
+    args: tuple
+    kwargs: dict[str, Any]
+    says: tuple[str, ...]
+    raises: type[FastattnError] = ArgumentError
+
+    def __str__(self) -> str:
+        return f"{self.fn.__name__}-{self.name}"
+
+    def inputs(self, device: torch.device) -> tuple[tuple, dict[str, Any]]:
+        return tree_map(lambda x: x.make(device) if isinstance(x, T) else x, (self.args, self.kwargs))
+
+
+def bools(*shape: int) -> T:
+    return T(shape, torch.bool)
+
+
+Q, K, V = T((2, 4, 5, 8)), T((2, 2, 5, 8)), T((2, 2, 5, 8))
+LONGER = {"k": T((2, 2, 7, 8)), "v": T((2, 2, 7, 8))}
+THREE_HEADS = {"key": T((2, 3, 5, 8)), "value": T((2, 3, 5, 8))}
+X = T((3, 5, 8))
+F64 = torch.float64
+
+
+def attention(name: str, *says: str, q=Q, k=K, v=V, **options: Any) -> Wrong:
+    return Wrong(name, fastattn.attention, (q, k, v), options, says)
+
+
+def triton_attention(name: str, *says: str, **arguments: Any) -> Wrong:
+    return attention(name, "attention: backend 'triton' cannot", *says, backend="triton", **arguments)
+
+
+def sdpa(name: str, *says: str, query=Q, key=Q, value=Q, **options: Any) -> Wrong:
+    fn = fastattn.scaled_dot_product_attention
+    return Wrong(name, fn, (query, key, value), options, ("scaled_dot_product_attention: ", *says))
+
+
+def layer_norm(name: str, *says: str, x=X, shape=8, **options: Any) -> Wrong:
+    return Wrong(name, fastattn.layer_norm, (x, shape), options, ("layer_norm: ", *says))
+
+
+def softmax(name: str, *says: str, x=X, fn=fastattn.softmax, **options: Any) -> Wrong:
+    return Wrong(name, fn, (x,), options, (f"{fn.__name__}: ", *says))
+
+
+def log_softmax(name: str, *says: str, **arguments: Any) -> Wrong:
+    return softmax(name, *says, fn=fastattn.log_softmax, **arguments)
+
+
+TENSOR, NUMBER = "a torch.Tensor", "a number"
+FLOATS = "float16, bfloat16, float32, float64"
+SCORES = "(B, H, S_q, S_k) = (2, 4, 5, 5)"
+PAIR, SIDE = "a pair (left, right)", "it must be an int, or None for unbounded"
+INTS = "an int or a list or tuple of ints"
+ALIGNMENTS = 'False, True, "top_left" or "bottom_right"'
+WIDTHS = "multiples of 8 from 8 to 256"
+
+ATTENTION_TYPES = [
+    attention("q_list", "`q` is a list", TENSOR, q=[[1.0]]),
+    attention("k_none", "`k` is None", TENSOR, k=None),
+    attention("v_ndarray", "`v` is a ndarray", TENSOR, v=np.ones(3)),
+    attention("q_int", "`q` has dtype int64", FLOATS, q=T(Q.shape, torch.int64)),
+    attention("q_complex", "`q` has dtype complex64", FLOATS, q=T(Q.shape, torch.cfloat)),
+    attention("q_bool", "`q` has dtype bool", FLOATS, q=bools(*Q.shape)),
+    attention("q_fp8", "`q` has dtype float8_e4m3fn", FLOATS, q=T(Q.shape, torch.float8_e4m3fn)),
+    attention("mixed_k", "`k` has dtype float16", "`q` has float32", "equal", k=T(K.shape, torch.float16)),
+    attention("mixed_v", "`v` has dtype float64", "`q` has float32", "equal", v=T(V.shape, F64)),
+    attention("q_sparse", "`q` has layout sparse_coo", "strided", q=T(Q.shape, layout="sparse_coo")),
+    attention("k_nested", "`k` has layout nested", "strided", k=T(K.shape, layout="nested")),
+    attention("causal_int", "`causal` is an int", ALIGNMENTS, causal=1),
+    attention("causal_none", "`causal` is None", ALIGNMENTS, causal=None),
+    attention("causal_list", "`causal` is a list", ALIGNMENTS, causal=["top_left"]),
+    attention("window_int", "`window` is an int", PAIR, window=4),
+    attention("window_string", "`window` is a str", PAIR, window="ab"),
+    attention("window_of_three", "`window` is a tuple of 3", PAIR, window=(1, 2, 3)),
+    attention("window_bool", "right side of `window` is a bool", SIDE, window=(7, True)),
+    attention("window_float", "left side of `window` is a float", SIDE, window=(2.0, 0)),
+    attention("window_list", "left side of `window` is a list", SIDE, window=([1], 0)),
+    attention("scale_tensor", "`scale` is a Tensor", f"{NUMBER} or None", scale=T(())),
+    attention("scale_string", "`scale` is a str", f"{NUMBER} or None", scale="0.5"),
+    attention("scale_bool", "`scale` is a bool", f"{NUMBER} or None", scale=True),
+    attention("scale_complex", "`scale` is a complex", f"{NUMBER} or None", scale=1j),
+    attention("scale_ndarray", "`scale` is a ndarray", f"{NUMBER} or None", scale=np.ones(1)),
+    attention("softcap_string", "`softcap` is a str", f"{NUMBER} or None", softcap="30"),
+    attention("dropout_none", "`dropout_p` is None", NUMBER, dropout_p=None),
+    attention("deterministic_int", "`deterministic` is an int", "True or False", deterministic=1),
+    attention("bias_list", "`bias` is a list", f"{TENSOR} or None", bias=[0.0]),
+    attention("bias_int", "`bias` has dtype int32", FLOATS, bias=T((5, 5), torch.int32)),
+    attention("mask_float", "`mask` has dtype float32", "bool, True where a row attends", "`bias`", mask=T((5, 5))),
+    attention("mask_sparse", "`mask` has layout sparse_coo", "strided", mask=T((5, 5), layout="sparse_coo")),
+    attention("alibi_float", "`alibi_slopes` is a float", f"{TENSOR} or None", alibi_slopes=0.5),
+    attention("alibi_int", "`alibi_slopes` has dtype int64", FLOATS, alibi_slopes=T((4,), torch.int64)),
+    attention("sinks_bool", "`sinks` has dtype bool", FLOATS, sinks=bools(4)),
+]
+ATTENTION_VALUES = [
+    attention("q_rank", "`q` has shape (4, 5, 8)", "four dimensions (B, H, S_q, D)", q=T((4, 5, 8))),
+    attention("k_rank", "`k` has shape (1, 2, 2, 5, 8)", "(B, H_kv, S_k, D)", k=T((1, 2, 2, 5, 8))),
+    attention("v_rank", "`v` has shape (8,)", "four dimensions (B, H_kv, S_k, D_v)", v=T((8,))),
+    attention("k_batch", "`k` has batch size 3", "`q` has 2", "equal", k=T((3, 2, 5, 8))),
+    attention("v_batch", "`v` has batch size 1", "`q` has 2", "equal", v=T((1, 2, 5, 8))),
+    attention("v_heads", "`v` has number of heads 4", "`k` has 2", "equal", v=T((2, 4, 5, 8))),
+    attention("v_length", "`v` has sequence length 6", "`k` has 5", "equal", v=T((2, 2, 6, 8))),
+    attention("k_width", "`k` has head dimension 16", "`q` has 8", "equal", k=T((2, 2, 5, 16))),
+    attention("heads", "`q` has 4 heads and `k` has 3", "multiple of H_kv", k=T((2, 3, 5, 8)), v=T((2, 3, 5, 8))),
+    attention("no_heads", "`q` has 4 heads and `k` has 0", "multiple of H_kv", k=T((2, 0, 5, 8)), v=T((2, 0, 5, 8))),
+    attention("no_width", "`q` has head dimension 0", "at least 1", q=T((2, 4, 5, 0)), k=T((2, 2, 5, 0))),
+    attention("k_device", "`k` is on meta", "`q` on", "one device", k=T(K.shape, device="meta")),
+    attention("v_device", "`v` is on meta", "`q` on", "one device", v=T(V.shape, device="meta")),
+    attention("causal_lengths", "`causal=True` is ambiguous", "S_q = 5", '"top_left"', **LONGER, causal=True),
+    attention("causal_name", "`causal` is 'upper_left'", ALIGNMENTS, causal="upper_left"),
+    attention("window_negative", "left side of `window` is -1", "0 or more, or None", window=(-1, 0)),
+    attention("window_negative_right", "right side of `window` is -2", "0 or more, or None", window=[None, -2]),
+    attention("scale_nan", "`scale` is nan", "finite", scale=math.nan),
+    attention("scale_inf", "`scale` is -inf", "finite", scale=-math.inf),
+    attention("scale_huge", "`scale` is too large for a float", "finite", scale=10**400),
+    attention("softcap_zero", "`softcap` is 0.0", "positive, or None", softcap=0.0),
+    attention("softcap_negative", "`softcap` is -1/2", "positive, or None", softcap=Fraction(-1, 2)),
+    attention("softcap_inf", "`softcap` is inf", "finite", softcap=math.inf),
+    attention("dropout_negative", "`dropout_p` is -0.1", "between 0 and 1", dropout_p=-0.1),
+    attention("dropout_above_one", "`dropout_p` is 1.5", "between 0 and 1", dropout_p=1.5),
+    attention("dropout_nan", "`dropout_p` is nan", "finite", dropout_p=math.nan),
+    attention("bias_shape", "`bias` has shape (5, 4)", SCORES, bias=T((5, 4))),
+    attention("bias_heads", "`bias` has shape (2, 5, 5)", SCORES, bias=T((2, 5, 5))),
+    attention("bias_device", "`bias` is on meta", "`q` on", "one device", bias=T((5, 5), device="meta")),
+    attention("mask_shape", "`mask` has shape (3, 1, 5, 5)", SCORES, mask=bools(3, 1, 5, 5)),
+    attention("mask_rank", "`mask` has shape (1, 2, 4, 5, 5)", SCORES, mask=bools(1, 2, 4, 5, 5)),
+    attention("mask_device", "`mask` is on meta", "`q` on", "one device", mask=T((5, 5), torch.bool, "meta")),
+    attention("alibi_shape", "`alibi_slopes` has shape (2,)", "(H,) = (4,) or (B, H) = (2, 4)", alibi_slopes=T((2,))),
+    attention("alibi_device", "`alibi_slopes` is on meta", "one device", alibi_slopes=T((4,), device="meta")),
+    attention("sinks_shape", "`sinks` has shape (2, 4)", "(H,) = (4,)", sinks=T((2, 4))),
+    attention("sinks_device", "`sinks` is on meta", "`q` on", "one device", sinks=T((4,), device="meta")),
+]
+SDPA_TYPES = [
+    sdpa("query_list", "`query` is a list", TENSOR, query=[1.0]),
+    sdpa("value_none", "`value` is None", TENSOR, value=None),
+    sdpa("value_dtype", "`value` has dtype float64", "`query` has float32", "equal", value=T(Q.shape, F64)),
+    sdpa("key_sparse", "`key` has layout sparse_coo", "strided", key=T(Q.shape, layout="sparse_coo")),
+    sdpa("mask_list", "`attn_mask` is a list", f"{TENSOR} or None", attn_mask=[True]),
+    sdpa("mask_int", "`attn_mask` has dtype int64", f"bool, {FLOATS}", attn_mask=T((5, 5), torch.int64)),
+    sdpa("is_causal_int", "`is_causal` is an int", "True or False", is_causal=1),
+    sdpa("enable_gqa_string", "`enable_gqa` is a str", "True or False", enable_gqa="yes"),
+    sdpa("scale_string", "`scale` is a str", f"{NUMBER} or None", scale="auto"),
+]
+SDPA_VALUES = [
+    sdpa("query_rank", "`query` has shape (8,)", "at least two dimensions", query=T((8,))),
+    sdpa("heads", "`query` has 4 heads and `key` has 2", "enable_gqa=True", key=K, value=V),
+    sdpa("gqa_heads", "`query` has 4 heads and `key` has 3", "multiple", **THREE_HEADS, enable_gqa=True),
+    sdpa("batches", "`query`, `key` and `value` do not broadcast", "(3, 4, 5, 8)", key=T((3, 4, 5, 8))),
+    sdpa("key_width", "`key` has head dimension 16", "`query` has 8", "equal", key=T((2, 4, 5, 16))),
+    sdpa("value_length", "`value` has sequence length 6", "`key` has 5", "equal", value=T((2, 4, 6, 8))),
+    sdpa("key_device", "`key` is on meta", "`query` on", "one device", key=T(Q.shape, device="meta")),
+    sdpa("mask_shape", "`attn_mask` has shape (5, 4)", "(2, 4, 5, 5)", attn_mask=bools(5, 4)),
+    sdpa("bias_shape", "`attn_mask` has shape (3, 5, 5)", "(2, 4, 5, 5)", attn_mask=T((3, 5, 5))),
+    sdpa("mask_shape_3d", "`attn_mask` has shape (5, 4)", "(3, 5, 5)", query=X, key=X, value=X, attn_mask=bools(5, 4)),
+    sdpa("dropout", "`dropout_p` is 2", "between 0 and 1", dropout_p=2),
+]
+LAYER_NORM_TYPES = [
+    layer_norm("x_none", "`x` is None", TENSOR, x=None),
+    layer_norm("x_int", "`x` has dtype int64", FLOATS, x=T((3, 8), torch.int64)),
+    layer_norm("x_sparse", "`x` has layout sparse_coo", "strided", x=T((3, 8), layout="sparse_coo")),
+    layer_norm("shape_none", "`normalized_shape` is None", INTS, shape=None),
+    layer_norm("shape_float", "`normalized_shape` is a float", INTS, shape=8.0),
+    layer_norm("shape_of_floats", "`normalized_shape` holds a float", INTS, shape=(5.0, 8)),
+    layer_norm("shape_of_lists", "`normalized_shape` holds a list", INTS, shape=[[8]]),
+    layer_norm("shape_tensor", "`normalized_shape` is a Tensor", INTS, shape=T((1,))),
+    layer_norm("weight_list", "`weight` is a list", f"{TENSOR} or None", weight=[1.0]),
+    layer_norm("weight_int", "`weight` has dtype int64", FLOATS, weight=T((8,), torch.int64)),
+    layer_norm("bias_string", "`bias` is a str", f"{TENSOR} or None", bias="zeros"),
+    layer_norm("eps_none", "`eps` is None", NUMBER, eps=None),
+    layer_norm("eps_list", "`eps` is a list", NUMBER, eps=[1e-5]),
+]
+LAYER_NORM_VALUES = [
+    layer_norm("shape_size", "`normalized_shape` is (5,)", "shape (3, 5, 8)", "last dimensions", shape=5),
+    layer_norm("shape_order", "`normalized_shape` is (8, 5)", "shape (3, 5, 8)", "last dimensions", shape=[8, 5]),
+    layer_norm("shape_too_long", "`normalized_shape` is (2, 3, 5, 8)", "last dimensions", shape=(2, 3, 5, 8)),
+    layer_norm("shape_empty", "`normalized_shape` is ()", "at least one", shape=()),
+    layer_norm("shape_scalar_x", "`x` has shape ()", "last dimensions", x=T(()), shape=1),
+    layer_norm("weight_shape", "`weight` has shape (5,)", "normalized_shape = (8,)", weight=T((5,))),
+    layer_norm("weight_device", "`weight` is on meta", "`x` on", "one device", weight=T((8,), device="meta")),
+    layer_norm("bias_shape", "`bias` has shape (1, 8)", "normalized_shape = (8,)", bias=T((1, 8))),
+    layer_norm("eps_negative", "`eps` is -1e-05", "0 or more", eps=-1e-5),
+    layer_norm("eps_nan", "`eps` is nan", "finite", eps=math.nan),
+]
+SOFTMAX_TYPES = [
+    softmax("x_list", "`x` is a list", TENSOR, x=[1.0, 2.0]),
+    softmax("x_complex", "`x` has dtype complex64", FLOATS, x=T((3, 8), torch.cfloat)),
+    softmax("x_sparse", "`x` has layout sparse_coo", "strided", x=T((3, 8), layout="sparse_coo")),
+    softmax("dim_none", "`dim` is None", "an int", dim=None),
+    softmax("dim_float", "`dim` is a float", "an int", dim=1.0),
+    softmax("dim_bool", "`dim` is a bool", "an int", dim=True),
+    softmax("dim_tuple", "`dim` is a tuple", "an int", dim=(0, 1)),
+    softmax("dim_list", "`dim` is a list", "an int", dim=[0]),
+    softmax("scale_none", "`scale` is None", NUMBER, scale=None),
+    softmax("mask_list", "`mask` is a list", f"{TENSOR} or None", mask=[True]),
+    softmax("mask_float", "`mask` has dtype float32", "bool", mask=X),
+    log_softmax("x_int", "`x` has dtype int64", FLOATS, x=T((3, 8), torch.int64)),
+    log_softmax("mask_int", "`mask` has dtype int64", "bool", mask=T(X.shape, torch.int64)),
+]
+SOFTMAX_VALUES = [
+    softmax("dim_above", "`dim` is 3", "between -3 and 2", dim=3),
+    softmax("dim_below", "`dim` is -4", "between -3 and 2", dim=-4),
+    softmax("dim_scalar_x", "`dim` is 1", "between -1 and 0", x=T(()), dim=1),
+    softmax("scale_nan", "`scale` is nan", "finite", scale=math.nan),
+    softmax("causal_dim", "`causal` needs x (…, S_q, S_k) and dim=-1", "`dim` is -2", dim=1, causal=True),
+    softmax("causal_rank", "`causal` needs x (…, S_q, S_k)", "x has shape (8,)", x=T((8,)), causal=True),
+    softmax("causal_lengths", "`causal=True` is ambiguous", "S_q = 5", "S_k = 8", '"top_left"', causal=True),
+    softmax("causal_name", "`causal` is 'lower'", ALIGNMENTS, causal="lower"),
+    softmax("mask_shape", "`mask` has shape (5, 5)", "the shape of x = (3, 5, 8)", mask=bools(5, 5)),
+    softmax("mask_rank", "`mask` has shape (1, 3, 5, 8)", "the shape of x = (3, 5, 8)", mask=bools(1, 3, 5, 8)),
+    softmax("mask_device", "`mask` is on meta", "`x` on", "one device", mask=T(X.shape, torch.bool, "meta")),
+    log_softmax("dim_above", "`dim` is 5", "between -3 and 2", dim=5),
+    log_softmax("causal_dim", "`causal` needs x (…, S_q, S_k) and dim=-1", "`dim` is -3", dim=0, causal="top_left"),
+]
+BACKEND_NAMES = [
+    Wrong(f"backend_{name}", fn, args, {"backend": value}, (f"`backend` is {given}", "triton, eager"), raises)
+    for fn, args in (
+        (fastattn.attention, (Q, K, V)),
+        (fastattn.layer_norm, (X, 8)),
+        (fastattn.softmax, (X,)),
+        (fastattn.log_softmax, (X,)),
+    )
+    for name, value, given, raises in (
+        ("unknown", "cudnn", "'cudnn'", ArgumentError),
+        ("int", 1, "an int", ArgumentTypeError),
+        ("list", ["triton"], "a list", ArgumentTypeError),
+    )
+]
+UNSUPPORTED = [
+    triton_attention("float64", "dtype float64", q=T(Q.shape, F64), k=T(K.shape, F64), v=T(V.shape, F64)),
+    triton_attention("width_257", "head dimension of q and k is 257", WIDTHS, q=T((2, 4, 5, 257)), k=T((2, 2, 5, 257))),
+    triton_attention("width_12", "head dimension of q and k is 12", WIDTHS, q=T((2, 4, 5, 12)), k=T((2, 2, 5, 12))),
+    triton_attention("value_width", "head dimension of v is 264", WIDTHS, v=T((2, 2, 5, 264))),
+    triton_attention("bias", "bias", bias=T((5, 5))),
+    triton_attention("mask", "mask", mask=bools(5, 5)),
+    triton_attention("alibi", "alibi_slopes", alibi_slopes=T((4,))),
+    triton_attention("softcap", "softcap", softcap=30.0),
+    triton_attention("sinks", "sinks", sinks=T((4,))),
+    triton_attention("meta", "device 'meta'", **{x: T(K.shape, device="meta") for x in "qkv"}),
+    layer_norm("float64", "backend 'triton' cannot", "dtype float64", x=T(X.shape, F64), backend="triton"),
+    layer_norm("weight_float64", "'triton' cannot", "weight of dtype float64", weight=T((8,), F64), backend="triton"),
+    layer_norm("residual", "`residual` is a Tensor", "not implemented yet", "None", residual=X),
+    layer_norm("dropout", "`dropout_p` is 0.1", "not implemented yet", "0.0", dropout_p=0.1),
+    layer_norm("dropout_tensor", "`dropout_p` is a Tensor", "not implemented yet", dropout_p=T((2,))),
+    softmax("float64", "backend 'triton' cannot", "dtype float64", x=T((3, 8), F64), backend="triton"),
+]
+EXPLAIN = [
+    Wrong(name, fastattn.explain, (fn,), {}, (f"explain: `fn` is {given}", "one of attention, "), ArgumentTypeError)
+    for name, fn, given in (
+        ("none", None, "None"),
+        ("string", "attention", "a str"),
+        ("list", [fastattn.attention], "a list"),
+        ("tensor", X, "a Tensor"),
+        ("other_function", torch.softmax, "softmax"),
+    )
+]
+
+
+def raising(error: type[FastattnError], rows: list[Wrong]) -> list[Wrong]:
+    return [replace(row, raises=error) for row in rows]
+
+
+CALLS = [
+    *raising(ArgumentTypeError, [*ATTENTION_TYPES, *SDPA_TYPES, *LAYER_NORM_TYPES, *SOFTMAX_TYPES]),
+    *raising(ArgumentError, [*ATTENTION_VALUES, *SDPA_VALUES, *LAYER_NORM_VALUES, *SOFTMAX_VALUES]),
+    *raising(UnsupportedError, UNSUPPORTED),
+    *BACKEND_NAMES,
+]
+OF_TRITON = [wrong for wrong in CALLS if wrong.kwargs.get("backend") == "triton"]
+
+
+def state(inputs: Any) -> list[tuple[int, Tensor | None]]:
+    """What a write to a tensor would change: its version, and its values where it holds any."""
+    tensors = [t for t in tree_leaves(inputs) if isinstance(t, Tensor)]
+    return [
+        (t._version, None if t.is_meta or t.is_nested else t.to_dense().clone() if t.is_sparse else t.clone())
+        for t in tensors
+    ]
+
+
+@pytest.mark.parametrize("wrong", [*CALLS, *EXPLAIN], ids=str)
+def test_wrong_call_raises_one_sentence(wrong: Wrong, device: torch.device):
+    args, kwargs = wrong.inputs(device)
+    before = state((args, kwargs))
+    with pytest.raises(FastattnError) as caught:
+        wrong.fn(*args, **kwargs)
+    message = str(caught.value)
+
+    assert type(caught.value) is wrong.raises, message
+    for piece in wrong.says:
+        assert piece in message
+    assert message.endswith(".")
+    assert "\n" not in message
+    assert len(message) < 300
+    assert not re.search(r"[.!?] +[A-Z]", message), "more than one sentence"
+    for word in JARGON:
+        assert word not in message
+    for (version, value), (version_before, value_before) in zip(state((args, kwargs)), before, strict=True):
+        assert version == version_before
+        assert value is None or torch.equal(value, value_before)
+
+
+@pytest.mark.parametrize("wrong", [wrong for wrong in CALLS if wrong not in OF_TRITON], ids=str)
+def test_explain_raises_what_the_call_raises(wrong: Wrong, device: torch.device):
+    args, kwargs = wrong.inputs(device)
+    with pytest.raises(wrong.raises) as of_call:
+        wrong.fn(*args, **kwargs)
+    with pytest.raises(wrong.raises) as of_explain:
+        fastattn.explain(wrong.fn, *args, **kwargs)
+    assert str(of_explain.value) == str(of_call.value)
+
+
+@pytest.mark.parametrize("wrong", OF_TRITON, ids=str)
+def test_explain_gives_the_reason_that_the_call_gives(wrong: Wrong, device: torch.device):
+    args, kwargs = wrong.inputs(device)
+    with pytest.raises(UnsupportedError) as caught:
+        wrong.fn(*args, **kwargs)
+    explanation = fastattn.explain(wrong.fn, *args, **kwargs)
+    assert explanation.backend is None
+    assert str(caught.value).endswith(f": {explanation.reasons['triton']}.")
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ({"window": (1, 1)}, attention("window_bool", "`window` is a bool", window=(1, True))),
+        ({"window": (1, 1)}, attention("window_float", "`window` is a float", window=(1.0, 1))),
+        ({"dropout_p": 0.0}, attention("dropout_bool", "`dropout_p` is a bool", dropout_p=False)),
+        ({"causal": True}, attention("causal_float", "`causal` is a float", causal=1.0)),
+        ({}, layer_norm("shape_of_floats", "`normalized_shape` holds a float", shape=(8.0,))),
+        ({"dim": 1}, softmax("dim_bool", "`dim` is a bool", dim=True)),
+    ],
+    ids=str,
+)
+def test_remembered_call_is_not_mistaken_for_an_equal_one_of_another_type(right, wrong: Wrong, device: torch.device):
+    args, kwargs = wrong.inputs(device)
+    right_args = (*args[:1], 8) if wrong.fn is fastattn.layer_norm else args
+    wrong.fn(*right_args, **right)
+    with pytest.raises(ArgumentTypeError, match=re.escape(wrong.says[-1])):
+        wrong.fn(*args, **kwargs)
+
+
+def test_names_are_unique():
+    names = [str(wrong) for wrong in CALLS]
+    assert len(names) == len(set(names)) >= 50
+
+
+@pytest.mark.parametrize(
+    ("error", "builtin"),
+    [(ArgumentError, ValueError), (ArgumentTypeError, TypeError), (UnsupportedError, NotImplementedError)],
+)
+def test_errors_are_the_builtin_ones_too(error, builtin):
+    assert issubclass(error, FastattnError)
+    assert issubclass(error, builtin)

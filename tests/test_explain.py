@@ -1,0 +1,247 @@
+"""explain() tells the truth: the backend, spec and reasons that it gives are those of the call itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+
+import fastattn
+from fastattn import backends
+from fastattn.errors import UnsupportedError
+from fastattn.spec import AttentionSpec, NormSpec, SoftmaxSpec
+
+F64 = torch.float64
+ENTRIES = {  # what a call enters a backend by
+    "triton": ("attention_forward", "layer_norm_forward", "softmax_forward"),
+    "eager": ("attention", "layer_norm", "softmax"),
+    "reference": ("attention", "layer_norm", "softmax"),
+}
+
+
+@dataclass(frozen=True)
+class Call:
+    """A public function with the shapes of its tensor arguments; `backend` is the first that serves it, and why."""
+
+    name: str
+    fn: Callable
+    shapes: tuple[tuple[int, ...], ...]
+    backend: str = "triton"
+    why_not_triton: str = ""
+    dtype: torch.dtype = torch.float32
+    options: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.fn.__name__}-{self.name}"
+
+    def arguments(self, device: torch.device) -> tuple[tuple, dict[str, Any]]:
+        args = (torch.ones(shape, dtype=self.dtype, device=device) for shape in self.shapes)
+        tensors = {name: torch.ones(shape, dtype=t, device=device) for name, (shape, t) in self.tensors.items()}
+        row = (8,) if self.fn is fastattn.layer_norm else ()
+        return (*args, *row), {**tensors, **self.options}
+
+
+def attention(name: str, why: str = "", D: int = 8, D_v: int = 8, dtype=torch.float32, tensors=(), **options) -> Call:
+    shapes = ((2, 4, 5, D), (2, 2, 5, D), (2, 2, 5, D_v))
+    backend = "eager" if why else "triton"
+    return Call(name, fastattn.attention, shapes, backend, why, dtype, options, dict(tensors))
+
+
+def sdpa(name: str, why: str = "", shape=(2, 4, 5, 8), tensors=(), **options) -> Call:
+    fn = fastattn.scaled_dot_product_attention
+    return Call(name, fn, (shape,) * 3, "eager" if why else "triton", why, options=options, tensors=dict(tensors))
+
+
+def rows(fn: Callable, name: str, why: str = "", dtype=torch.float32, tensors=(), **options) -> Call:
+    return Call(name, fn, ((3, 8, 8),), "eager" if why else "triton", why, dtype, options, dict(tensors))
+
+
+BOOLS, FLOATS = ((5, 5), torch.bool), ((5, 5), torch.float32)
+PER_HEAD = ((4,), torch.float32)
+CALLS = [
+    attention("plain"),
+    attention("causal_dropout", causal=True, dropout_p=0.5),
+    attention("window", window=(2, None)),
+    attention("lse", return_lse=True),
+    attention("deterministic", deterministic=True),
+    attention("float64", "dtype float64", dtype=F64),
+    attention("width", "head dimension of q and k is 12", D=12),
+    attention("value_width", "head dimension of v is 264", D_v=264),
+    attention("softcap", "softcap", softcap=2.0),
+    attention("bias", "bias", tensors={"bias": FLOATS}),
+    attention("mask", "mask", tensors={"mask": BOOLS}),
+    attention("alibi", "alibi", tensors={"alibi_slopes": PER_HEAD}),
+    attention("sinks", "sinks", tensors={"sinks": PER_HEAD}),
+    sdpa("plain"),
+    sdpa("causal", is_causal=True),
+    sdpa("three_dimensions", shape=(4, 5, 8)),
+    sdpa("mask", "mask", tensors={"attn_mask": BOOLS}),
+    sdpa("bias", "bias", tensors={"attn_mask": FLOATS}),
+    rows(fastattn.layer_norm, "plain"),
+    rows(fastattn.layer_norm, "affine", tensors={"weight": ((8,), torch.float16), "bias": ((8,), torch.float32)}),
+    rows(fastattn.layer_norm, "float64", "dtype float64", dtype=F64),
+    rows(fastattn.layer_norm, "float64_weight", "weight of dtype float64", tensors={"weight": ((8,), F64)}),
+    rows(fastattn.softmax, "plain"),
+    rows(fastattn.softmax, "causal_scale", causal=True, scale=0.5),
+    rows(fastattn.softmax, "mask", tensors={"mask": ((8,), torch.bool)}),
+    rows(fastattn.softmax, "float64", "dtype float64", dtype=F64, dim=0),
+    rows(fastattn.log_softmax, "plain", dim=1),
+    rows(fastattn.log_softmax, "float64", "dtype float64", dtype=F64),
+]
+WITH_CHOICE = [call for call in CALLS if call.fn is not fastattn.scaled_dot_product_attention]
+ASKED_FOR = [
+    (call, name) for call in WITH_CHOICE for name in backends.ORDER if name != "triton" or call.backend == "triton"
+]
+
+
+@pytest.fixture
+def entered(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
+    """(backend, spec) of each entry into a backend, in order."""
+    log: list[tuple[str, Any]] = []
+
+    def watch(name: str, entry: Callable) -> Callable:
+        def watched(*args, **kwargs):
+            log.extend((name, a) for a in args if isinstance(a, (AttentionSpec, NormSpec, SoftmaxSpec)))
+            return entry(*args, **kwargs)
+
+        return watched
+
+    for name, entries in ENTRIES.items():
+        module = backends.get(name)
+        for entry in entries:
+            monkeypatch.setattr(module, entry, watch(name, getattr(module, entry)))
+    return log
+
+
+@pytest.mark.parametrize("call", CALLS, ids=str)
+def test_names_the_backend_that_runs(call: Call, entered, device: torch.device):
+    args, kwargs = call.arguments(device)
+    explanation = fastattn.explain(call.fn, *args, **kwargs)
+    assert entered == []
+    call.fn(*args, **kwargs)
+    assert entered[0] == (explanation.backend, explanation.spec)
+    assert explanation.backend == call.backend
+    assert explanation.device == args[0].device
+    assert explanation.config
+
+
+@pytest.mark.parametrize(("call", "name"), ASKED_FOR, ids=str)
+def test_names_the_backend_that_was_asked_for(call: Call, name: str, entered, device: torch.device):
+    args, kwargs = call.arguments(device)
+    explanation = fastattn.explain(call.fn, *args, **kwargs, backend=name)
+    call.fn(*args, **kwargs, backend=name)
+    assert entered[0] == (name, explanation.spec)
+    assert explanation.backend == name
+    before = backends.ORDER[: backends.ORDER.index(name)]
+    assert explanation.reasons == dict.fromkeys(before, f"backend={name!r} was asked for")
+
+
+@pytest.mark.parametrize("call", [call for call in CALLS if call.backend != "triton"], ids=str)
+def test_says_why_triton_was_passed_over(call: Call, device: torch.device):
+    args, kwargs = call.arguments(device)
+    explanation = fastattn.explain(call.fn, *args, **kwargs)
+    assert list(explanation.reasons) == ["triton"]
+    assert call.why_not_triton in explanation.reasons["triton"]
+
+
+@pytest.mark.parametrize("call", [call for call in WITH_CHOICE if call.backend != "triton"], ids=str)
+def test_what_is_asked_for_in_vain_is_served_by_none(call: Call, entered, device: torch.device):
+    args, kwargs = call.arguments(device)
+    explanation = fastattn.explain(call.fn, *args, **kwargs, backend="triton")
+    assert explanation.backend is None
+    assert explanation.config == ""
+    assert list(explanation.reasons) == list(backends.ORDER)
+    assert call.why_not_triton in explanation.reasons["triton"]
+    with pytest.raises(UnsupportedError, match=call.why_not_triton):
+        call.fn(*args, **kwargs, backend="triton")
+    assert entered == []
+
+
+def test_autocast_decides_the_dtype(entered, device: torch.device):
+    q = torch.ones(1, 2, 5, 8, device=device)
+    with torch.autocast(device.type, torch.bfloat16):
+        explanation = fastattn.explain(fastattn.attention, q, q, q)
+        fastattn.attention(q, q, q)
+    assert explanation.spec.dtype == torch.bfloat16
+    assert entered[0] == (explanation.backend, explanation.spec)
+
+
+def test_draws_no_random_number(device: torch.device):
+    q = torch.ones(1, 2, 5, 8, device=device)
+    state = torch.get_rng_state()
+    fastattn.explain(fastattn.attention, q, q, q, dropout_p=0.5)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("options", "torch_runs"),
+    [
+        ({}, True),
+        ({"causal": True}, True),
+        ({"window": (1, 2)}, True),
+        ({"softcap": 2.0}, False),
+        ({"dropout_p": 0.5}, False),
+        ({"alibi_slopes": torch.ones(2, dtype=F64)}, False),
+        ({"sinks": torch.ones(2, dtype=F64)}, False),
+        ({"bias": torch.ones(5, 5, dtype=F64)}, True),
+        ({"mask": torch.ones(5, 5, dtype=torch.bool)}, True),
+        ({"bias": torch.ones(5, 5, dtype=F64), "causal": True}, False),
+    ],
+    ids=lambda value: "-".join(value) or "plain" if isinstance(value, dict) else "",
+)
+def test_config_of_eager_says_whether_torch_serves(options, torch_runs: bool, monkeypatch: pytest.MonkeyPatch):
+    eager, calls = backends.get("eager"), []
+    fused = eager._sdpa
+    monkeypatch.setattr(eager, "_sdpa", lambda *args, **kwargs: calls.append(1) or fused(*args, **kwargs))
+    q = torch.ones(1, 2, 5, 8, dtype=F64)
+    fastattn.attention(q, q, q, backend="eager", **options)
+    config = fastattn.explain(fastattn.attention, q, q, q, backend="eager", **options).config
+    assert bool(calls) == torch_runs == config.startswith("torch scaled_dot_product_attention")
+
+
+@pytest.mark.parametrize(
+    ("options", "table"),
+    [
+        (
+            {},
+            """
+attention on cpu: eager
+  triton     passed over: dtype float64 (it has float16, bfloat16 and float32)
+  eager      runs: torch scaled_dot_product_attention
+  reference  not reached""",
+        ),
+        (
+            {"backend": "reference"},
+            """
+attention on cpu: reference
+  triton     passed over: backend='reference' was asked for
+  eager      passed over: backend='reference' was asked for
+  reference  runs: plain torch operations, unfused""",
+        ),
+        (
+            {"backend": "triton"},
+            """
+attention on cpu: no backend
+  triton     passed over: dtype float64 (it has float16, bfloat16 and float32)
+  eager      passed over: backend='triton' was asked for
+  reference  passed over: backend='triton' was asked for""",
+        ),
+    ],
+    ids=["chosen", "asked_for", "asked_for_in_vain"],
+)
+def test_prints_as_a_table(options, table: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(backends.get("triton"), "available", lambda device: None)  # on this CPU, whatever the machine
+    q = torch.ones(1, 2, 5, 8, dtype=F64)
+    assert str(fastattn.explain(fastattn.attention, q, q, q, **options)) == table.strip()
+
+
+def test_says_why_a_device_is_not_served():
+    q = torch.ones(1, 2, 5, 8, device="meta")
+    explanation = fastattn.explain(fastattn.attention, q, q, q)
+    assert explanation.backend == "eager"
+    assert "device 'meta'" in explanation.reasons["triton"]
+    assert fastattn.attention(q, q, q).is_meta

@@ -1,0 +1,262 @@
+"""Encoder and decoder stacks against torch.nn's, in training and in evaluation."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from module_parity import (
+    BOOL_CAUSAL,
+    CROSS,
+    FF,
+    FLOAT_CAUSAL,
+    MEMORY_PAD,
+    PAD,
+    SOME_BOOL,
+    SOME_FLOAT,
+    E,
+    H,
+    L,
+    N,
+    S,
+    assert_same_in_training_and_evaluation,
+    build,
+    sequences,
+    stack,
+)
+from torch import nn
+
+import fastattn.nn as ours
+from fastattn.nn import attention as attention_module
+from fastattn.nn import weights as weights_module
+
+# torch explains at construction why it will not use its nested tensors; that is not under test.
+pytestmark = pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
+
+ENCODER_CALLS = {
+    "plain": {},
+    "bool_mask": {"src_mask": SOME_BOOL},
+    "float_mask": {"src_mask": SOME_FLOAT},
+    "mask_3d": {"src_mask": torch.stack([SOME_BOOL, SOME_BOOL.T] * N)},
+    "padding": {"src_key_padding_mask": PAD},
+    "bool_mask_and_padding": {"src_mask": SOME_BOOL, "src_key_padding_mask": PAD},
+    "causal": {"src_mask": BOOL_CAUSAL},
+    "float_causal": {"src_mask": FLOAT_CAUSAL},
+    "hint": {"src_mask": FLOAT_CAUSAL, "is_causal": True},
+    "hint_and_padding": {"src_mask": BOOL_CAUSAL, "src_key_padding_mask": PAD, "is_causal": True},
+}
+DECODER_CALLS = {
+    "plain": {},
+    "masks": {"tgt_mask": SOME_BOOL, "memory_mask": CROSS},
+    "paddings": {"tgt_key_padding_mask": PAD, "memory_key_padding_mask": MEMORY_PAD},
+    "all_masks": {
+        "tgt_mask": BOOL_CAUSAL,
+        "memory_mask": CROSS,
+        "tgt_key_padding_mask": PAD,
+        "memory_key_padding_mask": MEMORY_PAD,
+    },
+    "float_causal": {"tgt_mask": FLOAT_CAUSAL},
+    "hints": {"tgt_mask": BOOL_CAUSAL, "memory_mask": torch.ones(L, S, dtype=torch.bool).triu(1), "tgt_is_causal": True,
+              "memory_is_causal": True},
+}  # fmt: skip
+
+
+STYLES = list(itertools.product([False, True], [False, True]))
+style = pytest.mark.parametrize(("norm_first", "batch_first"), STYLES, ids=lambda value: str(value)[0])
+
+
+@style
+@pytest.mark.parametrize("call", ENCODER_CALLS)
+def test_encoder_layer_equals_torch(norm_first, batch_first, call):
+    theirs, mine = build(
+        "TransformerEncoderLayer", E, H, FF, 0.0, F.gelu, 1e-3, batch_first, norm_first, dtype=torch.float64
+    )
+    assert_same_in_training_and_evaluation(theirs, mine, sequences(batch_first, L), ENCODER_CALLS[call])
+
+
+@style
+@pytest.mark.parametrize("call", DECODER_CALLS)
+def test_decoder_layer_equals_torch(norm_first, batch_first, call):
+    theirs, mine = build(
+        "TransformerDecoderLayer", E, H, FF, 0.0, "gelu", 1e-3, batch_first, norm_first, dtype=torch.float64
+    )
+    assert_same_in_training_and_evaluation(theirs, mine, sequences(batch_first, L, S), DECODER_CALLS[call])
+
+
+@pytest.mark.parametrize("options", [{"bias": False}, {"activation": nn.SiLU()}, {"activation": "relu"}], ids=str)
+@pytest.mark.parametrize("kind", ["Encoder", "Decoder"])
+def test_layer_options(kind, options):
+    theirs, mine = build(f"Transformer{kind}Layer", E, H, FF, dropout=0.0, dtype=torch.float64, **options)
+    args = sequences(False, L, S, batched=False)
+    assert_same_in_training_and_evaluation(theirs, mine, args[: 1 + (kind == "Decoder")], {})
+
+
+@style
+@pytest.mark.parametrize("call", ENCODER_CALLS)
+def test_encoder_equals_torch(norm_first, batch_first, call):
+    theirs, mine = (stack(library, "Encoder", 2, batch_first, norm_first) for library in (nn, ours))
+    mine.load_state_dict(theirs.state_dict())
+    kwargs = {{"src_mask": "mask"}.get(name, name): value for name, value in ENCODER_CALLS[call].items()}
+    assert_same_in_training_and_evaluation(theirs, mine, sequences(batch_first, L), kwargs)
+
+
+@style
+@pytest.mark.parametrize("call", DECODER_CALLS)
+def test_decoder_equals_torch(norm_first, batch_first, call):
+    theirs, mine = (stack(library, "Decoder", 2, batch_first, norm_first) for library in (nn, ours))
+    mine.load_state_dict(theirs.state_dict())
+    assert_same_in_training_and_evaluation(theirs, mine, sequences(batch_first, L, S), DECODER_CALLS[call])
+
+
+TRANSFORMER_CALLS = {
+    "plain": {},
+    "causal_target": {"tgt_mask": FLOAT_CAUSAL, "tgt_is_causal": True},
+    "all_masks": {
+        "src_mask": torch.eye(S, dtype=torch.bool).roll(1, 0),
+        "tgt_mask": BOOL_CAUSAL,
+        "memory_mask": CROSS,
+        "src_key_padding_mask": MEMORY_PAD,
+        "tgt_key_padding_mask": PAD,
+        "memory_key_padding_mask": MEMORY_PAD,
+    },
+}
+
+
+@style
+@pytest.mark.parametrize("call", TRANSFORMER_CALLS)
+def test_transformer_equals_torch(norm_first, batch_first, call):
+    theirs, mine = build(
+        "Transformer", E, H, 1, 1, FF, 0.0, batch_first=batch_first, norm_first=norm_first, dtype=torch.float64
+    )
+    assert_same_in_training_and_evaluation(theirs, mine, sequences(batch_first, S, L), TRANSFORMER_CALLS[call])
+
+
+def test_transformer_of_custom_stacks():
+    encoder, decoder = stack(ours, "Encoder"), stack(ours, "Decoder")
+    model = ours.Transformer(E, H, custom_encoder=encoder, custom_decoder=decoder, batch_first=True)
+    assert model.encoder is encoder
+    assert model.decoder is decoder
+    src, tgt = sequences(True, S, L)
+    torch.testing.assert_close(model(src, tgt), decoder(tgt, encoder(src)))
+
+
+def test_transformer_refuses_as_torch_does():
+    model = ours.Transformer(E, H, 1, 1, FF, batch_first=True)
+    with pytest.raises(RuntimeError, match="batch number"):
+        model(torch.zeros(2, S, E), torch.zeros(3, L, E))
+    with pytest.raises(RuntimeError, match="relu/gelu"):
+        ours.TransformerEncoderLayer(E, H, activation="tanh")
+    with pytest.raises(RuntimeError, match="attn_mask is needed"):
+        model.encoder(torch.zeros(2, S, E), is_causal=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bool])
+def test_causal_masks_are_recognised(dtype, monkeypatch):
+    """A mask that is the causal one runs the causal kernel in every layer; one that is not, does not."""
+    seen = []
+
+    def spy(q, k, v, *, causal, mask, bias, dropout_p):
+        seen.append((causal, mask is None and bias is None))
+        return v
+
+    monkeypatch.setattr(attention_module, "attention", spy)
+    causal = nn.Transformer.generate_square_subsequent_mask(L, dtype=dtype)
+    (x,) = sequences(True, L)
+    stack(ours, "Encoder")(x, mask=causal)
+    stack(ours, "Decoder", depth=1)(x, x, tgt_mask=causal)
+    assert seen == [("top_left", True), ("top_left", True), ("top_left", True), (False, True)]
+    seen.clear()
+    stack(ours, "Encoder", depth=1)(x, mask=causal.T.contiguous())
+    stack(ours, "Encoder", depth=1)(x, mask=causal, is_causal=False)
+    assert seen == [(False, False), (False, False)]
+
+
+# torch's inference kernels, which reada layer's weights and call no module
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[int]:
+    """Grows by one whenever our attention is called; torch's inference kernels fail."""
+    seen: list[int] = []
+
+    def spy(q, *args, **kwargs):
+        seen.append(q.shape[1])
+        return attention(q, *args, **kwargs)
+
+    attention = attention_module.attention
+    monkeypatch.setattr(attention_module, "attention", spy)
+    monkeypatch.setattr(weights_module, "attention", spy)
+    monkeypatch.setattr(torch, "_transformer_encoder_layer_fwd", _forbidden)
+    monkeypatch.setattr(torch, "_native_multi_head_attention", _forbidden)
+    return seen
+
+
+def _forbidden(*args, **kwargs):
+    raise AssertionError("torch's inference kernel was called")
+
+
+def _torch_layer_with_our_attention() -> nn.TransformerEncoderLayer:
+    layer = nn.TransformerEncoderLayer(E, H, FF, dropout=0.0, batch_first=True, dtype=torch.float64)
+    layer.self_attn = ours.MultiheadAttention(E, H, batch_first=True, dtype=torch.float64)
+    return layer
+
+
+def _our_layer() -> nn.TransformerEncoderLayer:
+    return ours.TransformerEncoderLayer(E, H, FF, dropout=0.0, batch_first=True, dtype=torch.float64)
+
+
+INFERENCE = {
+    "our_layer": (_our_layer, 1),
+    "our_encoder": (lambda: stack(ours, "Encoder"), 2),
+    "our_layer_in_torch_encoder": (lambda: nn.TransformerEncoder(_our_layer(), 2), 2),
+    "our_attention_in_torch_layer": (_torch_layer_with_our_attention, 1),
+    "our_attention_in_torch_encoder": (lambda: nn.TransformerEncoder(_torch_layer_with_our_attention(), 2), 2),
+    "our_transformer": (lambda: ours.Transformer(E, H, 3, 1, FF, batch_first=True, dtype=torch.float64).encoder, 3),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("padding", [False, True])
+@pytest.mark.parametrize("name", INFERENCE)
+def test_inference_runs_our_kernels(calls, name, padding):
+    make, expected = INFERENCE[name]
+    torch.manual_seed(0)
+    model = make()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    for module in model.modules():
+        if isinstance(module, nn.MultiheadAttention):
+            module.dropout = 0.0
+    (x,) = sequences(True, L)
+    kwargs = {"src_key_padding_mask": PAD} if padding else {}
+    training = model(x, **kwargs)
+    assert len(calls) == expected
+    with torch.no_grad():
+        evaluation = model.eval()(x, **kwargs)
+    assert len(calls) == 2 * expected
+    visible = ~PAD if padding else torch.ones_like(PAD)  # torch's encoder writes 0 over padding when evaluating
+    torch.testing.assert_close(evaluation[visible], training[visible])
+
+
+def test_torch_encoder_does_not_nest_for_our_layer(monkeypatch):
+    """It would, for a layer of its own: our kernel handles padding, and nesting would pad and unpad in each layer."""
+    monkeypatch.setattr(torch, "_nested_tensor_from_mask", _forbidden)
+    (x,) = sequences(True, L)
+    ours_within = nn.TransformerEncoder(_our_layer(), 2).eval()
+    torchs_own = stack(nn, "Encoder").eval()
+    with torch.no_grad():
+        ours_within(x, src_key_padding_mask=PAD)
+        with pytest.raises(AssertionError, match="inference kernel"):
+            torchs_own(x, src_key_padding_mask=PAD)
+
+
+def test_evaluation_of_attention_runs_our_kernel(calls):
+    mha = ours.MultiheadAttention(E, H, batch_first=True).eval()
+    x = torch.randn(N, L, E)
+    with torch.inference_mode():
+        mha(x, x, x)
+        mha(x, x, x, need_weights=False)
+    assert len(calls) == 2

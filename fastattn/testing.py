@@ -27,7 +27,7 @@ def make_inputs(
     a fused projection gives; strided: the last stride is 2, and all others are larger than they need to be.
     """
     generator = torch.Generator().manual_seed(seed)
-    values = [torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype) for shape in shapes]
+    values = [torch.randn(tuple(shape), generator=generator, dtype=torch.float64).to(device, dtype) for shape in shapes]
     return [_laid_out(t, layout) for t in values]
 
 

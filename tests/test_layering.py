@@ -22,7 +22,13 @@ TRITON = "fastattn.backends.triton"
 ALLOWED: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(BOTTOM, ()),
     "fastattn.reference": ("fastattn.spec",),
-    "=fastattn.backends": ("fastattn.errors", "fastattn.spec"),
+    "=fastattn.backends": (
+        "=fastattn.backends.eager",
+        "=fastattn.backends.reference",
+        f"={TRITON}",
+        "fastattn.errors",
+        "fastattn.spec",
+    ),
     "fastattn.backends.reference": ("fastattn.reference", "fastattn.spec"),
     # The one backend that uses another: torch's fused functions where they are exact, the reference elsewhere.
     "fastattn.backends.eager": (
@@ -118,8 +124,8 @@ PLANTED = [
     ("fastattn.reference.attention", "import triton", "imports triton"),
     ("fastattn.reference.attention", "def f():\n    from triton import language", "imports triton"),
     ("fastattn.reference.softmax", "from fastattn import backends", "imports fastattn.backends"),
-    ("fastattn.backends", "from fastattn.backends import eager", "imports fastattn.backends.eager"),
-    ("fastattn.backends", "from . import triton", f"imports {TRITON}"),
+    ("fastattn.backends", "from fastattn.reference import attention", "imports fastattn.reference.attention"),
+    ("fastattn.backends", "from .triton import configs", f"imports {TRITON}.configs"),
     ("fastattn.backends.reference", "from fastattn.backends import eager", "imports fastattn.backends.eager"),
     ("fastattn.backends.reference", "from .eager import NAME", "imports fastattn.backends.eager"),
     ("fastattn.backends.eager", "from fastattn.backends.triton import NAME", f"imports {TRITON}"),

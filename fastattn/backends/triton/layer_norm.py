@@ -47,7 +47,6 @@ if TYPE_CHECKING:
 FORWARD_TILES = 2  # x, and its square or product
 DX_TILES = 3  # x, dy, and a product
 FUSED_TILES = 5  # and the sums of dweight and dbias
-DX_STAGES, COLUMN_STAGES = 2, 3  # the loop over rows reads 1 and 2 blocks ahead
 
 
 @triton.jit
@@ -285,7 +284,7 @@ def _launch_dx(dx, dweight_parts, dbias_parts, dy, x, weight, mean, rstd, config
         dx, dweight_parts, dbias_parts, dy, x, weight, mean, rstd, M, N,
         *dx.stride(), *dy.stride(), *x.stride(),
         BLOCK_M=config.rows_per_program, BLOCK_N=config.BLOCK_N, ONE_TILE=N <= config.BLOCK_N,
-        STAGES=1 if parts is None else DX_STAGES, num_warps=config.num_warps,
+        STAGES=1 if parts is None else config.num_stages, num_warps=config.num_warps,
     )  # fmt: skip
 
 
@@ -295,7 +294,7 @@ def _launch_columns(dweight_parts, dbias_parts, dy, x, mean, rstd, config: RowCo
     _column_kernel[(triton.cdiv(N, config.BLOCK_N), P)](
         dweight_parts, dbias_parts, dy, x, mean, rstd, M, N,
         *dy.stride(), *x.stride(),
-        BLOCK_M=config.rows_per_program, BLOCK_N=config.BLOCK_N, STAGES=COLUMN_STAGES, num_warps=config.num_warps,
+        BLOCK_M=config.rows_per_program, BLOCK_N=config.BLOCK_N, STAGES=config.num_stages, num_warps=config.num_warps,
     )  # fmt: skip
 
 
@@ -322,9 +321,10 @@ def inspect_cases(arch: str) -> list[KernelCase]:
             ("reduce", _reduce_kernel, reduce_config(N, arch), {}),
         ]
         if N <= fused.BLOCK_N:
-            kernels.append(("backward", _dx_kernel, fused, {"ONE_TILE": True, "STAGES": DX_STAGES}))
+            kernels.append(("backward", _dx_kernel, fused, {"ONE_TILE": True, "STAGES": fused.num_stages}))
         else:
-            kernels.append(("columns", _column_kernel, column_config(N, arch), {"STAGES": COLUMN_STAGES}))
+            columns = column_config(N, arch)
+            kernels.append(("columns", _column_kernel, columns, {"STAGES": columns.num_stages}))
         pointers = dict.fromkeys(("y", "x", "dx", "dy", "weight", "bias", "dweight", "dbias"), f"*{dtype}")
         pointers |= dict.fromkeys(("mean", "rstd", "dweight_parts", "dbias_parts"), "*fp32")
         for name, kernel, config, constexprs in kernels:

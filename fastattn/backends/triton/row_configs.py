@@ -16,18 +16,19 @@ from fastattn.backends.triton.configs import next_power_of_2
 # 512 threads share a multiprocessor's 65536 registers at 128 each, of which a quarter is left to addresses and sums.
 MIN_THREADS, MAX_THREADS = 128, 512
 REGISTERS_FOR_TILES = 96
-ELEMENTS = 16  # per thread and tile: two vectors of 8 halves; more only where there are no more threads
 CONTIGUOUS_ROWS = 64  # elements: 128 bytes of halves
+IN_FLIGHT = 16  # elements of an input per thread that are on their way while others are worked on
 
 
 @dataclass(frozen=True, slots=True)
 class RowConfig:
-    """One program's tile, and its threads."""
+    """One program's tile, and its threads; the rest is for programs that stay, to work on one tile after another."""
 
     BLOCK_N: int  # columns of a tile
     rows_per_program: int  # rows of a tile
     num_warps: int
-    programs_per_sm: int = 1  # resident at once, if a thread takes 128 registers; for persistent kernels
+    programs_per_sm: int = 1  # resident at once
+    num_stages: int = 1  # tiles in hand: one that is worked on, and those that are being read
 
 
 def warp_size(arch: str) -> int:
@@ -52,13 +53,17 @@ def illegal(config: RowConfig, tiles: int, arch: str) -> str | None:
 
 @functools.lru_cache(maxsize=4096)
 def row_config(N: int, tiles: int, arch: str, rows: int = 1 << 30, contiguous_rows: bool = False) -> RowConfig:
-    """For `rows` rows of N elements. `contiguous_rows`: an element's neighbour in memory is in the next row."""
+    """For `rows` rows of N elements. `contiguous_rows`: an element's neighbour in memory is in the next row.
+
+    A thread takes half of the elements that its registers hold, and all of them once there are no more threads.
+    """
+    most = _floor_power_of_2(REGISTERS_FOR_TILES // tiles)
     BLOCK_N = next_power_of_2(N)
-    group = max(MIN_THREADS * ELEMENTS // BLOCK_N, CONTIGUOUS_ROWS if contiguous_rows else 1)
+    group = max(MIN_THREADS * (most // 2) // BLOCK_N, CONTIGUOUS_ROWS if contiguous_rows else 1)
     group = min(group, next_power_of_2(rows))
-    if BLOCK_N * group > MAX_THREADS * _floor_power_of_2(REGISTERS_FOR_TILES // tiles):
-        BLOCK_N = MAX_THREADS * ELEMENTS // group
-    return _with_threads(BLOCK_N, group, arch)
+    if BLOCK_N * group > MAX_THREADS * most:
+        BLOCK_N = MAX_THREADS * (most // 2) // group
+    return _with_threads(BLOCK_N, group, most // 2, arch)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -74,16 +79,18 @@ def reduce_config(N: int, arch: str) -> RowConfig:
 
 
 def _columns(width: int, N: int, arch: str) -> RowConfig:
-    tile = MIN_THREADS * ELEMENTS
+    tile = MIN_THREADS * 16
     if arch == "interpret":
         width = tile  # a program costs the interpreter the same, wide or narrow
     BLOCK_N = min(width, next_power_of_2(N))
-    return _with_threads(BLOCK_N, tile // BLOCK_N, arch)
+    return _with_threads(BLOCK_N, tile // BLOCK_N, 16, arch)
 
 
-def _with_threads(BLOCK_N: int, rows: int, arch: str) -> RowConfig:
-    threads = min(max(BLOCK_N * rows // ELEMENTS, MIN_THREADS), MAX_THREADS)
-    return RowConfig(BLOCK_N, rows, threads // warp_size(arch), MAX_THREADS // threads)
+def _with_threads(BLOCK_N: int, rows: int, per_thread: int, arch: str) -> RowConfig:
+    tile = BLOCK_N * rows
+    threads = min(max(tile // per_thread, MIN_THREADS), MAX_THREADS)
+    ahead = max(1, IN_FLIGHT * threads // tile) if tile >= threads else 1
+    return RowConfig(BLOCK_N, rows, threads // warp_size(arch), MAX_THREADS // threads, 1 + ahead)
 
 
 def _floor_power_of_2(x: int) -> int:

@@ -64,7 +64,8 @@ def check_real(fn: str, name: str, value: Any, optional: bool = False) -> None:
         accepted = "a number or None" if optional else "a number"
         raise ArgumentTypeError(f"{fn}: `{name}` is {kind(value)}; it must be {accepted}.")
     if not -_LARGEST_FLOAT <= value <= _LARGEST_FLOAT:  # comparisons, which a compiler can trace
-        raise ArgumentError(f"{fn}: `{name}` is {value}; it must be finite.")
+        given = "an int beyond float64" if isinstance(value, int) else value
+        raise ArgumentError(f"{fn}: `{name}` is {given}; it must be finite.")
 
 
 def check_bool(fn: str, name: str, value: Any) -> None:

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from fastattn import _arguments as check
 from fastattn import backends
 from fastattn.backends import Explanation
 from fastattn.errors import ArgumentTypeError
+from fastattn.ops.attention import attention as attention_op
+from fastattn.ops.layer_norm import layer_norm as layer_norm_op
+from fastattn.ops.softmax import softmax as softmax_op
 from fastattn.spec import AttentionSpec, NormSpec, SoftmaxSpec
 
 _PLANS = 4096  # checked calls that are remembered, by shapes, dtypes and options
@@ -22,7 +25,7 @@ _PLANS = 4096  # checked calls that are remembered, by shapes, dtypes and option
 
 def _cached(plan: Callable) -> Callable:
     """Remember the answers of `plan` in eager mode; a compiler traces it afresh and guards on what it reads."""
-    cached = lru_cache(_PLANS, typed=True)(plan)
+    cached = lru_cache(_PLANS, typed=True)(plan)  # typed: 1 is not True
 
     def lookup(*args):
         return plan(*args) if torch.compiler.is_compiling() else cached(*args)
@@ -33,36 +36,48 @@ def _cached(plan: Callable) -> Callable:
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Cast to the ambient autocast dtype, as torch does for scaled_dot_product_attention."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
 
 
 @_cached
-def _attention_plan(device, backend, *spec_args) -> tuple[ModuleType, AttentionSpec]:
-    spec = check.attention_spec(*spec_args)
-    return backends.select(spec, device, backend), spec
+def _attention_plan(
+    backend, q_shape, k_shape, v_shape, q_dtype, k_dtype, v_dtype, q_device, k_device, v_device,
+    causal, window, scale, softcap, dropout_p, deterministic, *present,
+) -> tuple[ModuleType, AttentionSpec]:  # fmt: skip
+    spec = check.attention_spec(
+        (q_shape, k_shape, v_shape), (q_dtype, k_dtype, v_dtype), (q_device, k_device, v_device),
+        causal, window, scale, softcap, dropout_p, deterministic, present,
+    )  # fmt: skip
+    return backends.select(spec, q_device, backend), spec
 
 
-def _attention_spec_args(q, k, v, causal, window, scale, bias, mask, alibi_slopes, softcap, sinks, dropout_p, deterministic):
-    """The arguments of `check.attention_spec`, all of them hashable."""
-    if isinstance(window, list):
-        window = tuple(window)
-    return (
-        (q.shape, k.shape, v.shape),
-        (q.dtype, k.dtype, v.dtype),
-        (q.device, k.device, v.device),
-        causal,
-        window,
-        scale,
-        softcap,
-        dropout_p,
-        deterministic,
-        (bias is not None, mask is not None, alibi_slopes is not None, sinks is not None),
-    )
+class AttentionOptions(TypedDict, total=False):
+    """The keywords of `attention` other than `return_lse`, which decides its type."""
+
+    causal: bool | str
+    window: tuple[int | None, int | None] | None
+    scale: float | None
+    bias: Tensor | None
+    mask: Tensor | None
+    alibi_slopes: Tensor | None
+    softcap: float | None
+    sinks: Tensor | None
+    dropout_p: float
+    deterministic: bool
+    backend: str | None
 
 
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[False] = False, **options: Unpack[AttentionOptions]
+) -> Tensor: ...
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[True], **options: Unpack[AttentionOptions]
+) -> tuple[Tensor, Tensor]: ...
 def attention(
     q: Tensor,
     k: Tensor,
@@ -122,24 +137,22 @@ def attention(
     for name, t in (("q", q), ("k", k), ("v", v)):
         if not isinstance(t, Tensor):
             check.check_tensor("attention", name, t)
-    q, k, v = _autocast(q, k, v)
+    if torch._C._is_any_autocast_enabled():
+        q, k, v = _autocast(q, k, v)
+    if isinstance(window, list):
+        window = tuple(window)
     run, spec = _attention_plan(
-        q.device,
-        backend,
-        *_attention_spec_args(
-            q, k, v, causal, window, scale, bias, mask, alibi_slopes, softcap, sinks, dropout_p, deterministic
-        ),
-    )
+        backend, q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device,
+        causal, window, scale, softcap, dropout_p, deterministic,
+        bias is not None, mask is not None, alibi_slopes is not None, sinks is not None,
+    )  # fmt: skip
     if spec.bias or spec.mask or spec.alibi or spec.sinks:
         check.check_attention_features(q, k, bias, mask, alibi_slopes, sinks)
     seed = torch.randint(2**63 - 1, (), device=q.device) if spec.dropout_p > 0.0 else None
     if run.COMPOSITE:
-        features = {"bias": bias, "mask": mask, "alibi_slopes": alibi_slopes, "sinks": sinks, "seed": seed}
-        o, lse = run.attention(q, k, v, spec, want_lse=return_lse, **features)
+        o, lse = run.attention(q, k, v, spec, return_lse, bias, mask, alibi_slopes, sinks, seed)
     else:
-        from fastattn.ops.attention import attention as op
-
-        o, lse = op((q, k, v, seed), spec, run.NAME)
+        o, lse = attention_op((q, k, v, seed), spec, run.NAME)
     return (o, lse) if return_lse else o
 
 
@@ -235,18 +248,21 @@ def _four_dims(fn: str, query: Tensor, key: Tensor, value: Tensor, attn_mask: Te
 
 
 @_cached
-def _norm_plan(fn, x_shape, x_dtype, x_device, normalized_shape, parameters, eps, backend) -> tuple[ModuleType, NormSpec]:
-    spec = check.norm_spec(fn, x_shape, x_dtype, x_device, normalized_shape, parameters, eps)
+def _norm_plan(backend, fn, x_shape, x_dtype, x_device, row, weight, bias, eps) -> tuple[ModuleType, NormSpec]:
+    spec = check.norm_spec(fn, x_shape, x_dtype, x_device, row, (weight, bias), eps)
     return backends.select(spec, x_device, backend), spec
 
 
-def _norm_spec_args(fn, x, normalized_shape, weight, bias, eps):
+def _facts(t: Tensor | None) -> Any:
+    """What a plan depends on: (shape, dtype, device), or None for an absent tensor."""
+    return None if t is None else (t.shape, t.dtype, t.device)
+
+
+def _row_shape(normalized_shape: Any) -> Any:
+    """A tuple, for an integer or a sequence; anything else is left for the checks to refuse."""
     if isinstance(normalized_shape, (int, torch.SymInt)):
-        normalized_shape = (normalized_shape,)
-    elif isinstance(normalized_shape, (list, torch.Size)):
-        normalized_shape = tuple(normalized_shape)
-    parameters = tuple(None if t is None else (t.shape, t.dtype, t.device) for t in (weight, bias))
-    return fn, x.shape, x.dtype, x.device, normalized_shape, parameters, eps
+        return (normalized_shape,)
+    return tuple(normalized_shape) if isinstance(normalized_shape, (list, tuple)) else normalized_shape
 
 
 def layer_norm(
@@ -289,14 +305,17 @@ def layer_norm(
     _check_norm_tensors(x, weight, bias)
     if residual is not None or dropout_p != 0.0:
         check.refuse("layer_norm", residual=(residual, None), dropout_p=(dropout_p, 0.0))
-    if torch.is_autocast_enabled("cuda") and x.is_cuda:
-        x, weight, bias = (t if t is None else t.float() for t in (x, weight, bias))
-    run, spec = _norm_plan(*_norm_spec_args("layer_norm", x, normalized_shape, weight, bias, eps), backend)
+    if x.is_cuda and torch.is_autocast_enabled("cuda"):
+        x, weight, bias = x.float(), None if weight is None else weight.float(), None if bias is None else bias.float()
+    if type(normalized_shape) is not tuple:
+        normalized_shape = _row_shape(normalized_shape)
+    run, spec = _norm_plan(
+        backend, "layer_norm", x.shape, x.dtype, x.device, normalized_shape, _facts(weight), _facts(bias), eps
+    )
     if run.COMPOSITE:
         return run.layer_norm(x, weight, bias, spec)
-    from fastattn.ops.layer_norm import layer_norm as op
-
-    return op((x, weight, bias), spec, run.NAME)[0]
+    y, _, _ = layer_norm_op((x, weight, bias), spec, run.NAME)
+    return y
 
 
 def _check_norm_tensors(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
@@ -317,16 +336,15 @@ def _softmax_plan(device, backend, *spec_args) -> tuple[ModuleType, SoftmaxSpec]
 def _softmax(fn: str, x: Tensor, dim: int, scale: float, mask: Tensor | None, causal: bool | str, backend: str | None) -> Tensor:
     if not isinstance(x, Tensor):
         check.check_tensor(fn, "x", x)
-    if torch.is_autocast_enabled("cuda") and x.is_cuda:
+    if x.is_cuda and torch.is_autocast_enabled("cuda"):
         x = x.float()
     run, spec = _softmax_plan(x.device, backend, fn, x.shape, x.dtype, dim, scale, causal, mask is not None)
     if mask is not None:
         mask = _softmax_mask(fn, x, mask)
     if run.COMPOSITE:
         return run.softmax(x, mask, spec)
-    from fastattn.ops.softmax import softmax as op
-
-    return op((x, mask), spec, run.NAME)[0]
+    (y,) = softmax_op((x, mask), spec, run.NAME)
+    return y
 
 
 def _softmax_mask(fn: str, x: Tensor, mask: Tensor) -> Tensor:
@@ -436,13 +454,20 @@ def explain(fn: Callable, *args: Any, **kwargs: Any) -> Explanation:
     return backends.explain(spec, device, bound.arguments.get("backend"))
 
 
-def _attention_spec(q, k, v, *, bias, mask, alibi_slopes, sinks, return_lse, backend, **options):
+def _attention_spec(
+    q, k, v, *, causal, window, scale, bias, mask, alibi_slopes, softcap, sinks, dropout_p, return_lse, deterministic,
+    backend,
+):  # fmt: skip
     for name, t in (("q", q), ("k", k), ("v", v)):
         check.check_tensor("attention", name, t)
-    features = {"bias": bias, "mask": mask, "alibi_slopes": alibi_slopes, "sinks": sinks}
-    q, k, v = _autocast(q, k, v)
-    spec = check.attention_spec(*_attention_spec_args(q, k, v, **features, **options))
-    check.check_attention_features(q, k, **features)
+    tensors = _autocast(q, k, v)
+    features = (bias, mask, alibi_slopes, sinks)
+    spec = check.attention_spec(
+        tuple(t.shape for t in tensors), tuple(t.dtype for t in tensors), tuple(t.device for t in tensors),
+        causal, tuple(window) if isinstance(window, list) else window, scale, softcap, dropout_p, deterministic,
+        tuple(t is not None for t in features),
+    )  # fmt: skip
+    check.check_attention_features(q, k, *features)
     return spec, q.device
 
 
@@ -456,7 +481,8 @@ def _sdpa_spec(**arguments):
 def _layer_norm_spec(x, normalized_shape, weight, bias, eps, residual, dropout_p, backend):
     _check_norm_tensors(x, weight, bias)
     check.refuse("layer_norm", residual=(residual, None), dropout_p=(dropout_p, 0.0))
-    return check.norm_spec(*_norm_spec_args("layer_norm", x, normalized_shape, weight, bias, eps)), x.device
+    row = _row_shape(normalized_shape)
+    return check.norm_spec("layer_norm", x.shape, x.dtype, x.device, row, (_facts(weight), _facts(bias)), eps), x.device
 
 
 def _softmax_spec(fn):

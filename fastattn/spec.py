@@ -45,6 +45,20 @@ class AttentionSpec:
         """Whether some keys are out of a row's sight by position."""
         return self.left is not None or self.right is not None
 
+    @property
+    def plain(self) -> bool:
+        """Whether this is softmax(q kᵀ · scale) v over every key, and nothing else."""
+        return not (
+            self.windowed
+            or self.softcap is not None
+            or self.dropout_p
+            or self.bias
+            or self.mask
+            or self.alibi
+            or self.sinks
+            or self.deterministic
+        )
+
     def shift(self, S_q: int, S_k: int) -> int:
         """Column of the diagonal in row 0: row i sees keys in [i + shift - left, i + shift + right]."""
         return 0 if self.top_left else S_k - S_q

@@ -12,15 +12,16 @@ from torch import Tensor
 import cases
 import fastattn
 from fastattn import _arguments
-from fastattn.functional import _attention_spec_args
 from fastattn.reference.attention import attention as reference
 from fastattn.testing import assert_close, make_inputs
 
 
 def spec_of(q: Tensor, k: Tensor, v: Tensor, **options: Any):
-    names = ("causal", "window", "scale", "bias", "mask", "alibi_slopes", "softcap", "sinks", "dropout_p", "deterministic")
+    names = ("causal", "window", "scale", "softcap", "dropout_p", "deterministic")
     defaults = {"causal": False, "dropout_p": 0.0, "deterministic": False}
-    return _arguments.attention_spec(*_attention_spec_args(q, k, v, *({**defaults, **options}.get(n) for n in names)))
+    present = tuple(options.get(name) is not None for name in ("bias", "mask", "alibi_slopes", "sinks"))
+    of = [tuple(getattr(t, attribute) for t in (q, k, v)) for attribute in ("shape", "dtype", "device")]
+    return _arguments.attention_spec(*of, *({**defaults, **options}.get(name) for name in names), present)
 
 
 def inputs_of(case: cases.Case, device: torch.device) -> tuple[list[Tensor], Tensor, Tensor]:

@@ -65,8 +65,13 @@ def _beyond_sdpa(spec: AttentionSpec, device: torch.device) -> str | None:
     return None
 
 
-def _all_finite(*tensors: Tensor) -> bool:
-    return all(math.isfinite(t.sum(dtype=torch.promote_types(t.dtype, torch.float32)).item()) for t in tensors)
+def _finite(t: Tensor) -> bool:
+    return math.isfinite(t.sum(dtype=torch.float32 if t.dtype.itemsize < 4 else None).item())
+
+
+def _nothing_can_leak(q: Tensor, k: Tensor, v: Tensor, square_causal: bool) -> bool:
+    """Whether the inputs can be looked at, and are finite; with a square causal mask no row of q sees nothing."""
+    return is_plain(q, k, v) and q.is_cpu and _finite(k) and _finite(v) and (square_causal or _finite(q))
 
 
 def attention(
@@ -74,29 +79,33 @@ def attention(
     k: Tensor,
     v: Tensor,
     spec: AttentionSpec,
-    *,
+    return_lse: bool = False,
     bias: Tensor | None = None,
     mask: Tensor | None = None,
-    want_lse: bool = False,
-    **features: Tensor | None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    masked = spec.windowed or spec.mask
-    if not (
-        want_lse
-        or _beyond_sdpa(spec, q.device)
-        or (masked and not (q.device.type == "cpu" and is_plain(q, k, v) and _all_finite(q, k, v)))
-        or (bias is not None and bias.dtype != q.dtype)
-        or q.numel() == 0
-        or k.numel() == 0
-        or v.numel() == 0
-    ):
-        S_q, S_k = q.shape[2], k.shape[2]
-        causal = spec.left is None and spec.right == 0 and not spec.mask and spec.shift(S_q, S_k) == 0
-        attn_mask = visible_keys(spec, S_q, S_k, mask, q.device) if masked and not causal else bias
-        if attn_mask is not None:
-            attn_mask = attn_mask.expand(*q.shape[:2], S_q, S_k)
-        return _sdpa(q, k, v, attn_mask, 0.0, causal, scale=spec.scale, enable_gqa=spec.G > 1), None
-    return reference.attention(q, k, v, spec, bias=bias, mask=mask, **features)
+    if not return_lse and q.numel() and k.numel() and v.numel():
+        if spec.plain:
+            return _sdpa(q, k, v, None, 0.0, False, scale=spec.scale, enable_gqa=spec.G > 1), None
+        if _beyond_sdpa(spec, q.device) is None:
+            S_q, S_k = q.shape[2], k.shape[2]
+            if bias is not None:
+                if bias.dtype == q.dtype:
+                    return _masked_sdpa(q, k, v, spec, bias), None
+            elif spec.left is None and spec.right == 0 and not spec.mask and S_q == S_k:
+                if _nothing_can_leak(q, k, v, square_causal=True):
+                    return _sdpa(q, k, v, None, 0.0, True, scale=spec.scale, enable_gqa=spec.G > 1), None
+            elif _nothing_can_leak(q, k, v, square_causal=False):
+                return _masked_sdpa(q, k, v, spec, visible_keys(spec, S_q, S_k, mask, q.device)), None
+    return reference.attention(q, k, v, spec, return_lse, bias, mask, alibi_slopes, sinks, seed)
+
+
+def _masked_sdpa(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, attn_mask: Tensor | None) -> Tensor:
+    if attn_mask is not None:
+        attn_mask = attn_mask.expand(*q.shape[:3], k.shape[2])
+    return _sdpa(q, k, v, attn_mask, 0.0, False, scale=spec.scale, enable_gqa=spec.G > 1)
 
 
 def _plain_layer_norm(spec: NormSpec) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -27,10 +29,22 @@ def describe(spec: AttentionSpec | NormSpec | SoftmaxSpec, device: torch.device)
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, *, want_lse: bool = False, **features: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spec: AttentionSpec,
+    return_lse: bool = False,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
+    call: dict[str, Any] = {"bias": bias, "mask": mask, "alibi_slopes": alibi_slopes, "sinks": sinks, "seed": seed}
+    if not torch._C._is_any_autocast_enabled():
+        return _attention(q, k, v, spec, **call)
     with torch.autocast(q.device.type, enabled=False):
-        return _attention(q, k, v, spec, **features)
+        return _attention(q, k, v, spec, **call)
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, spec: NormSpec) -> Tensor:

@@ -82,7 +82,8 @@ class Operator:
 
     # ---- the call
 
-    def __call__(self, inputs: Tensors, spec: Spec, backend: str) -> Tensors:
+    def __call__(self, inputs: Tensors, spec: Spec, backend: str) -> Any:
+        """The outputs, none of them None."""
         if is_plain(*inputs):
             if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
                 return self._eager.apply(*inputs, spec, backend)
@@ -107,8 +108,7 @@ class Operator:
         class Eager(torch.autograd.Function):
             @staticmethod
             def forward(ctx, *args):
-                *inputs, ctx.spec, ctx.backend = args
-                inputs = tuple(inputs)
+                inputs, (ctx.spec, ctx.backend) = args[:-2], args[-2:]
                 outputs = op._run(inputs, ctx.spec, ctx.backend)
                 ctx.save_for_backward(*op._saved(inputs, outputs))
                 ctx.set_materialize_grads(False)
@@ -154,7 +154,7 @@ class Operator:
             def forward(*args):
                 *tensors, n_grads, wanted, spec, backend = args
                 if is_plain(*tensors):
-                    grads, saved = tensors[:n_grads], tensors[n_grads:]
+                    grads, saved = tuple(tensors[:n_grads]), tuple(tensors[n_grads:])
                     return op._placeholders(op._run_backward(grads, saved, wanted, spec, backend), saved)
                 return op._custom_backward(*tensors, list(wanted), *op.definition.encode(spec), backend)
 
@@ -194,7 +194,7 @@ class Operator:
         some = next(t for t in like if t is not None)
         return tuple(some.new_empty(0) if g is None else g for g in grads)
 
-    def _vmap(self, size: int, in_dims: Sequence[int | None], call: Callable[..., Tensors], tensors: Sequence[Tensor | None]):
+    def _vmap(self, size: int, in_dims: Sequence[Any], call: Callable[..., Any], tensors: Sequence[Any]):
         """Map `call` over one more dimension of `tensors`, as the definition's `batching` allows."""
         batching = self.definition.batching
         if batching == "loop":

@@ -32,9 +32,8 @@ def _launch_backward(grad_inputs, grads, saved, spec: NormSpec, backend: str):
 
 
 def _decode(tensors, eps: float, n_dims: int) -> NormSpec:
-    weight, bias = tensors["weight"], tensors["bias"]
-    dtypes = (None if t is None else t.dtype for t in (weight, bias))
-    return NormSpec(tensors["x"].dtype, *dtypes, eps, n_dims)
+    weight, bias = (None if tensors[name] is None else tensors[name].dtype for name in ("weight", "bias"))
+    return NormSpec(tensors["x"].dtype, weight, bias, eps, n_dims)
 
 
 layer_norm = Operator(

@@ -124,7 +124,9 @@ def varlen_attention(
     bias: Tensor | None = None,
     mask: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
-    **features,
+    sinks: Tensor | None = None,
+    seed: Tensor | None = None,
+    compute_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The same over packed sequences: q (T_q, H, D), k (T_k, H_kv, D), v (T_k, H_kv, D_v); o (T_q, H, D_v), lse (H, T_q).
 
@@ -148,9 +150,10 @@ def varlen_attention(
         q_b, k_b, v_b = (t.transpose(0, 1)[None] for t in (q[rows], k[keys], v[keys]))
         outputs.append(
             attention(
-                q_b, k_b, v_b, spec, bias=cut(bias), mask=cut(mask), alibi_slopes=slopes, first_b=b, **features
+                q_b, k_b, v_b, spec, bias=cut(bias), mask=cut(mask), alibi_slopes=slopes, sinks=sinks, seed=seed,
+                compute_dtype=compute_dtype, first_b=b,
             )
-        )
+        )  # fmt: skip
     o = torch.cat([o[0].transpose(0, 1) for o, _ in outputs])
     lse = torch.cat([lse[0] for _, lse in outputs], dim=-1)
     return o, lse

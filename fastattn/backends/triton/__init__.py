@@ -22,9 +22,12 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MAX_HEAD_DIM = 256
 
 
-@torch.compiler.assume_constant_result
 def available(device: torch.device) -> str | None:
     return _available(device)
+
+
+# What torch.compiler.assume_constant_result does; calling that would import Dynamo, a second and a half, with fastattn.
+available._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache

@@ -12,18 +12,19 @@ import importlib
 import os
 import re
 import subprocess
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompilationError
+from triton.runtime.cache import get_cache_manager
 from triton.runtime.errors import PTXASError
 
 MODULES = tuple(
@@ -141,7 +142,7 @@ def collect_cases(arch: str, modules: Sequence[str] = MODULES) -> list[KernelCas
 
 
 def compile_case(case: KernelCase, arch: str) -> Report:
-    """Compiles a case for an architecture and reads the result. The binary comes from Triton's cache if it is there.
+    """Compiles a case for an architecture and reads the result; both come from Triton's cache if they are there.
 
     A case that does not compile gives a report that says so, because the others are wanted all the same.
     """
@@ -165,7 +166,7 @@ def compile_case(case: KernelCase, arch: str) -> Report:
 def _report(name: str, arch: str, binary: triton.compiler.CompiledKernel) -> Report:
     card, metadata = CARDS[arch], binary.metadata
     if card.target.backend == "cuda":
-        registers, stack, opcodes = _read_cubin(binary.asm["cubin"], metadata.name)
+        registers, stack, opcodes = _read_cubin(binary)
     else:
         registers, stack, opcodes = _read_amdgcn(binary.asm["amdgcn"])
     tensor_memory = getattr(metadata, "tmem_size", 0) or 0
@@ -184,23 +185,25 @@ def _report(name: str, arch: str, binary: triton.compiler.CompiledKernel) -> Rep
     )
 
 
-def _read_cubin(cubin: bytes, kernel: str) -> tuple[int, int, Counter[str]]:
-    """Registers, stack bytes and opcodes, by the disassembler and the dumper that come with Triton."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage = _run(triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name)
-        sass = _run(triton.knobs.nvidia.nvdisasm.path, "--print-code", "--no-dataflow", file.name)
-    found = re.search(rf"Function {re.escape(kernel)}:\s+REG:(\d+) STACK:(\d+)", usage)
+def _read_cubin(binary: triton.compiler.CompiledKernel) -> tuple[int, int, Counter[str]]:
+    """Registers, stack bytes and opcodes, by the dumper and the disassembler that come with Triton."""
+    cubin = next(path for name, path in binary.metadata_group.items() if name.endswith(".cubin"))
+    usage = _run(triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin)
+    # Disassembling takes as long as compiling a small kernel, so the text is kept beside the binary.
+    cache = get_cache_manager(binary.hash)
+    if (path := cache.get_file("disassembly.sass")) is None:
+        sass = _run(triton.knobs.nvidia.nvdisasm.path, "--print-code", "--no-dataflow", cubin)
+        path = cache.put(sass, "disassembly.sass", binary=False)
+    found = re.search(rf"Function {re.escape(binary.metadata.name)}:\s+REG:(\d+) STACK:(\d+)", usage)
     if found is None:
-        raise RuntimeError(f"cuobjdump reports no resource usage for {kernel}: {usage!r}")
+        raise RuntimeError(f"cuobjdump reports no resource usage for {binary.metadata.name}: {usage!r}")
     # "        /*0a30*/              @!P0 LDG.E.128 R4, desc[UR6][R2.64] ;"
-    opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", sass, re.MULTILINE)
+    opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", Path(path).read_text(), re.MULTILINE)
     return int(found[1]), int(found[2]), Counter(opcodes)
 
 
 def _read_amdgcn(assembly: str) -> tuple[int, int, Counter[str]]:
-    """The same from AMD assembly, whose last part is a description of the kernel in YAML."""
+    """The same from AMD assembly, whose last part describes the kernel in YAML."""
     code, _, description = assembly.partition(".amdgpu_metadata")
     registers = re.search(r"\.vgpr_count:\s+(\d+)", description)  # accumulation registers included
     stack = re.search(r"\.private_segment_fixed_size:\s+(\d+)", description)

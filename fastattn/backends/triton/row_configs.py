@@ -16,8 +16,8 @@ from fastattn.backends.triton.configs import next_power_of_2
 # 512 threads share a multiprocessor's 65536 registers at 128 each, of which a quarter is left to addresses and sums.
 MIN_THREADS, MAX_THREADS = 128, 512
 REGISTERS_FOR_TILES = 96
+ELEMENTS = 16  # per thread: two vectors of 8 halves
 CONTIGUOUS_ROWS = 64  # elements: 128 bytes of halves
-IN_FLIGHT = 16  # elements of an input per thread that are on their way while others are worked on
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,15 +55,16 @@ def illegal(config: RowConfig, tiles: int, arch: str) -> str | None:
 def row_config(N: int, tiles: int, arch: str, rows: int = 1 << 30, contiguous_rows: bool = False) -> RowConfig:
     """For `rows` rows of N elements. `contiguous_rows`: an element's neighbour in memory is in the next row.
 
-    A thread takes half of the elements that its registers hold, and all of them once there are no more threads.
+    Several short rows make a tile of half of what the fewest threads could hold; a long one takes ELEMENTS per thread,
+    or what a thread can hold once there are no more threads.
     """
     most = _floor_power_of_2(REGISTERS_FOR_TILES // tiles)
     BLOCK_N = next_power_of_2(N)
     group = max(MIN_THREADS * (most // 2) // BLOCK_N, CONTIGUOUS_ROWS if contiguous_rows else 1)
     group = min(group, next_power_of_2(rows))
     if BLOCK_N * group > MAX_THREADS * most:
-        BLOCK_N = MAX_THREADS * (most // 2) // group
-    return _with_threads(BLOCK_N, group, most // 2, arch)
+        BLOCK_N = MAX_THREADS * ELEMENTS // group
+    return _with_threads(BLOCK_N, group, arch)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -79,17 +80,17 @@ def reduce_config(N: int, arch: str) -> RowConfig:
 
 
 def _columns(width: int, N: int, arch: str) -> RowConfig:
-    tile = MIN_THREADS * 16
+    tile = MIN_THREADS * ELEMENTS
     if arch == "interpret":
         width = tile  # a program costs the interpreter the same, wide or narrow
     BLOCK_N = min(width, next_power_of_2(N))
-    return _with_threads(BLOCK_N, tile // BLOCK_N, 16, arch)
+    return _with_threads(BLOCK_N, tile // BLOCK_N, arch)
 
 
-def _with_threads(BLOCK_N: int, rows: int, per_thread: int, arch: str) -> RowConfig:
+def _with_threads(BLOCK_N: int, rows: int, arch: str) -> RowConfig:
     tile = BLOCK_N * rows
-    threads = min(max(tile // per_thread, MIN_THREADS), MAX_THREADS)
-    ahead = max(1, IN_FLIGHT * threads // tile) if tile >= threads else 1
+    threads = min(max(tile // ELEMENTS, MIN_THREADS), MAX_THREADS)
+    ahead = min(max(ELEMENTS * threads // tile, 1), 2)  # tiles that make ELEMENTS per thread on their way
     return RowConfig(BLOCK_N, rows, threads // warp_size(arch), MAX_THREADS // threads, 1 + ahead)
 
 

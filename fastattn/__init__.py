@@ -1,7 +1,7 @@
 """fastattn: fused attention, LayerNorm and softmax for PyTorch Transformers, right at the edges.
 
-    o = fastattn.attention(q, k, v, causal=True)          # (B, H, S, D)
-    model = fastattn.nn.TransformerEncoderLayer(512, 8)   # torch.nn's arguments, state dict and outputs
+o = fastattn.attention(q, k, v, causal=True)          # (B, H, S, D)
+model = fastattn.nn.TransformerEncoderLayer(512, 8)   # torch.nn's arguments, state dict and outputs
 """
 
 from fastattn import autograd, errors, functional, nn

@@ -102,7 +102,7 @@ def attention(
 
     Args:
         q: (B, H, S_q, D), float16, bfloat16, float32 or float64, any strides.
-        k: (B, H_kv, S_k, D), dtype and device of q. H must be a multiple of H_kv; query head h reads head h // (H / H_kv).
+        k: (B, H_kv, S_k, D), dtype and device of q. H must be a multiple of H_kv: head h reads head h // (H / H_kv).
         v: (B, H_kv, S_k, D_v). D_v may differ from D.
         causal: False; True (S_q == S_k); "top_left" (row i sees keys j ≤ i) or "bottom_right" (j ≤ i + S_k − S_q).
         window: (left, right), None for unbounded: row i also sees only diag − left ≤ j ≤ diag + right, with
@@ -199,7 +199,9 @@ def scaled_dot_product_attention(
     return o if lead is None else o.reshape(*lead, *o.shape[-2:])
 
 
-def _sdpa_arguments(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa) -> tuple[dict[str, Any], tuple | None]:
+def _sdpa_arguments(
+    query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
+) -> tuple[dict[str, Any], tuple | None]:
     """-> (keywords of `attention`, leading dimensions of the result, None when they are (B, H))."""
     fn = "scaled_dot_product_attention"
     for name, t in (("query", query), ("key", key), ("value", value)):
@@ -227,14 +229,18 @@ def _four_dims(fn: str, query: Tensor, key: Tensor, value: Tensor, attn_mask: Te
     """Any leading dimensions, broadcast against each other, as (B, H)."""
     for name, t in (("query", query), ("key", key), ("value", value)):
         if t.dim() < 2:
-            raise check.ArgumentError(f"{fn}: `{name}` has shape {tuple(t.shape)}; it must have at least two dimensions.")
+            raise check.ArgumentError(
+                f"{fn}: `{name}` has shape {tuple(t.shape)}; it must have at least two dimensions."
+            )
     has_heads = max(query.dim(), key.dim(), value.dim()) > 3
     n_last = 3 if has_heads else 2
     try:
         lead = torch.broadcast_shapes(query.shape[:-n_last], key.shape[:-n_last], value.shape[:-n_last])
     except RuntimeError:
         shapes = ", ".join(str(tuple(t.shape)) for t in (query, key, value))
-        raise check.ArgumentError(f"{fn}: the leading dimensions of `query`, `key` and `value` do not broadcast: {shapes}.") from None
+        raise check.ArgumentError(
+            f"{fn}: the leading dimensions of `query`, `key` and `value` do not broadcast: {shapes}."
+        ) from None
 
     def shaped(t: Tensor) -> Tensor:
         t = t.expand(*lead, *t.shape[-n_last:])
@@ -333,7 +339,9 @@ def _softmax_plan(device, backend, *spec_args) -> tuple[ModuleType, SoftmaxSpec]
     return backends.select(spec, device, backend), spec
 
 
-def _softmax(fn: str, x: Tensor, dim: int, scale: float, mask: Tensor | None, causal: bool | str, backend: str | None) -> Tensor:
+def _softmax(
+    fn: str, x: Tensor, dim: int, scale: float, mask: Tensor | None, causal: bool | str, backend: str | None
+) -> Tensor:
     if not isinstance(x, Tensor):
         check.check_tensor(fn, "x", x)
     if x.is_cuda and torch.is_autocast_enabled("cuda"):

@@ -43,7 +43,7 @@ def _laid_out(t: Tensor, layout: str) -> Tensor:
     elif layout == "strided":
         shape = [n + 1 for n in t.shape[:-1]] + [2 * t.shape[-1] + 1]
         buffer = torch.full(shape, torch.nan, dtype=t.dtype, device=t.device)
-        view = buffer[tuple(slice(0, n) for n in t.shape[:-1]) + (slice(1, None, 2),)]
+        view = buffer[(*(slice(0, n) for n in t.shape[:-1]), slice(1, None, 2))]
     else:
         raise ValueError(f"`layout` is {layout!r}; it must be one of {', '.join(LAYOUTS)}.")
     view.copy_(t)
@@ -51,7 +51,7 @@ def _laid_out(t: Tensor, layout: str) -> Tensor:
 
 
 def max_error(actual: Tensor, exact: Tensor) -> float:
-    """The largest |actual - exact|; equal infinities are no error, any other disagreement about what is finite is inf."""
+    """The largest |actual - exact|; equal infinities are no error, any other difference in what is finite is inf."""
     actual, exact = actual.detach().double(), exact.detach().double()
     same = (actual == exact) | (actual.isnan() & exact.isnan())
     error = torch.where(same, 0.0, (actual - exact).abs()).nan_to_num(nan=torch.inf, posinf=torch.inf)

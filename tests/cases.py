@@ -1,4 +1,4 @@
-"""The named cases of attention. One body (test_attention.py) checks o, lse and every gradient of each against float64."""
+"""The named cases of attention. One body (test_attention.py) holds o, lse and every gradient to float64."""
 
 from __future__ import annotations
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import cases
 import pytest
 import torch
 from torch import Tensor
 
-import cases
 import fastattn
 from fastattn import _arguments
 from fastattn.reference.attention import attention as reference
@@ -47,7 +47,7 @@ def run(function, inputs: list[Tensor], do: Tensor, dlse: Tensor | None, dtype: 
 
 
 def gradient_scale(exact: dict[str, Tensor], v: Tensor, do: Tensor) -> float:
-    """The largest number that the gradients are rounded at: ds = p (dp - delta) subtracts numbers as large as dp, and in
+    """The largest number that gradients are rounded at: ds = p (dp - delta) subtracts numbers as large as dp, and in
     p = exp(s - lse) a rounding of lse is |lse| roundings of p."""
     v = v.repeat_interleave(do.shape[1] // v.shape[1], dim=1)
     tensors = [exact["dq"], exact["dk"], exact["dv"], do.double() @ v.double().mT]
@@ -124,7 +124,7 @@ def test_hidden_entries_never_leak(backend, options, S_q, S_k, queries, keys, va
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_visible_non_finite_values_are_not_hidden(dtype, device):
-    """Causal, tiles masked in part: inf, -inf and NaN in v reach exactly the rows and columns that IEEE sends them to."""
+    """In tiles masked in part: inf, -inf and NaN in v reach exactly the rows and columns that IEEE sends them to."""
     q, k, v = make_inputs(*[(1, 1, 50, 16)] * 3, dtype=dtype, device=device)
     v[0, 0, 9, 3], v[0, 0, 20, 4], v[0, 0, 30, 5], v[0, 0, 33, 4] = math.nan, math.inf, -math.inf, -math.inf
     o = fastattn.attention(q, k, v, causal=True, backend="triton")[0, 0]
@@ -158,7 +158,13 @@ def test_only_the_gradients_that_are_wanted(wanted, device):
     leaves = {name: t.requires_grad_(name in wanted) for name, t in zip("qkv", inputs, strict=True)}
     o, lse = fastattn.attention(*leaves.values(), causal=True, return_lse=True, backend="triton")
     actual = torch.autograd.grad((o, lse), [leaves[name] for name in wanted], (do, dlse))
-    full = run(lambda *x: fastattn.attention(*x, causal=True, return_lse=True, backend="triton"), inputs, do, dlse, torch.float32)
+    full = run(
+        lambda *x: fastattn.attention(*x, causal=True, return_lse=True, backend="triton"),
+        inputs,
+        do,
+        dlse,
+        torch.float32,
+    )
     for name, grad in zip(wanted, actual, strict=True):
         assert torch.equal(grad, full[f"d{name}"])
 
@@ -185,7 +191,13 @@ def test_one_tensor_as_query_key_and_value(device):
 def test_bitwise_repeatable(device):
     inputs, do, dlse = inputs_of(cases.case("", 70, 70, B=2, H=4, H_kv=2), device)
     first, second = (
-        run(lambda *x: fastattn.attention(*x, causal=True, return_lse=True, backend="triton"), inputs, do, dlse, torch.float32)
+        run(
+            lambda *x: fastattn.attention(*x, causal=True, return_lse=True, backend="triton"),
+            inputs,
+            do,
+            dlse,
+            torch.float32,
+        )
         for _ in range(2)
     )
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -251,7 +263,9 @@ def test_dropout_drops_what_it_says(p, device):
 def test_scaled_dot_product_attention(leading, gqa, masking, device):
     """torch's function, for any number of leading dimensions."""
     key_leading = (*leading[:-1], 2) if gqa else leading
-    q, k, v = make_inputs((*leading, 9, 16), (*key_leading, 12, 16), (*key_leading, 12, 8), dtype=torch.float64, device=device)
+    q, k, v = make_inputs(
+        (*leading, 9, 16), (*key_leading, 12, 16), (*key_leading, 12, 8), dtype=torch.float64, device=device
+    )
     options: dict[str, Any] = {"enable_gqa": gqa, "scale": 0.3}
     if masking == "causal":
         options["is_causal"] = True

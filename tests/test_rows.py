@@ -168,7 +168,9 @@ def test_softmax(case: Soft, function, backend: str, device: torch.device):
 
     exact, eager, actual = run("reference", torch.float64), plain(case.dtype), run(backend, case.dtype)
     for name, ours, truth, same_dtype in zip(("y", "dx"), actual, exact, eager, strict=True):
-        assert_close(ours, truth, same_dtype, name, scale=1.0 if name == "y" else dy.abs().max().item() if dy.numel() else 0.0)
+        assert_close(
+            ours, truth, same_dtype, name, scale=1.0 if name == "y" else dy.abs().max().item() if dy.numel() else 0.0
+        )
 
 
 @BACKENDS
@@ -225,5 +227,8 @@ def test_offsets_pass_2_to_the_31(device):
     far = buffer.as_strided((5, 64), (stride, 1))
     near = make_inputs((5, 64), dtype=F16, device=device)[0]
     far.copy_(near)
-    for function in (lambda t: fastattn.layer_norm(t, 64, backend="triton"), lambda t: fastattn.softmax(t, backend="triton")):
+    for function in (
+        lambda t: fastattn.layer_norm(t, 64, backend="triton"),
+        lambda t: fastattn.softmax(t, backend="triton"),
+    ):
         assert torch.equal(function(far), function(near))

@@ -192,7 +192,9 @@ def test_compile_once_for_every_length(op, device):
             y.nan_to_num(neginf=0.0).sum().backward()
 
 
-@pytest.mark.skipif(shutil.which("g++") is None and not torch.cuda.is_available(), reason="Inductor needs a C++ compiler")
+@pytest.mark.skipif(
+    shutil.which("g++") is None and not torch.cuda.is_available(), reason="Inductor needs a C++ compiler"
+)
 def test_compile_with_inductor(device):
     """One tensor as query, key and value, between operations that Inductor fuses."""
     (x,) = make_inputs((2, 2, 17, 16), device=device)

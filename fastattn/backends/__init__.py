@@ -51,7 +51,9 @@ def select(spec: Spec, device: torch.device, requested: str | None = None) -> Mo
         if why is None:
             return get(name)
         reasons[name] = why
-    raise UnsupportedError(f"{spec.op}: no backend computes this call: {'; '.join(f'{n}: {w}' for n, w in reasons.items())}.")
+    raise UnsupportedError(
+        f"{spec.op}: no backend computes this call: {'; '.join(f'{n}: {w}' for n, w in reasons.items())}."
+    )
 
 
 @dataclass(frozen=True)

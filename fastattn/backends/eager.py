@@ -1,8 +1,8 @@
 """torch's own fused functions, where they compute exactly what the spec says; the reference elsewhere.
 
 torch's attention multiplies a masked probability 0 with whatever v holds, so a NaN or inf behind a mask leaks
-(0 · NaN = NaN), in the backward also from k and q. With a mask it therefore serves only when the inputs can be looked at
-and are finite: CPU tensors in ordinary eager mode. On a GPU a look would stop the stream.
+(0 · NaN = NaN), in the backward also from k and q. With a mask it therefore serves only when the inputs can be
+looked at and are finite: CPU tensors in ordinary eager mode. On a GPU a look would stop the stream.
 """
 
 from __future__ import annotations
@@ -44,7 +44,11 @@ def describe(spec: AttentionSpec | NormSpec | SoftmaxSpec, device: torch.device)
             )
         return "torch scaled_dot_product_attention"
     if isinstance(spec, SoftmaxSpec):
-        return "torch softmax" if _plain_softmax(spec) else "reference operations: torch's softmax has no mask and no scale"
+        return (
+            "torch softmax"
+            if _plain_softmax(spec)
+            else "reference operations: torch's softmax has no mask and no scale"
+        )
     return "torch layer_norm" if _plain_layer_norm(spec) else "reference operations: weight dtype differs from x's"
 
 

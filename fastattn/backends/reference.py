@@ -52,6 +52,4 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, spec: Norm
 
 
 def softmax(x: Tensor, mask: Tensor | None, spec: SoftmaxSpec) -> Tensor:
-    return _softmax(
-        x, spec.dim, scale=spec.scale, mask=mask, causal=spec.causal, top_left=spec.top_left, log=spec.log
-    )
+    return _softmax(x, spec.dim, scale=spec.scale, mask=mask, causal=spec.causal, top_left=spec.top_left, log=spec.log)

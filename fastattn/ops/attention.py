@@ -28,7 +28,9 @@ def _launch(outputs, inputs, spec: AttentionSpec, backend: str):
 
 
 def _allocate_grads(saved, wanted, spec: AttentionSpec):
-    return *(output_like(saved[x], saved[x].shape[3]) if want else None for x, want in zip("qkv", wanted, strict=False)), None
+    return *(
+        output_like(saved[x], saved[x].shape[3]) if want else None for x, want in zip("qkv", wanted, strict=False)
+    ), None
 
 
 def _launch_backward(grad_inputs, grads, saved, spec: AttentionSpec, backend: str):
@@ -39,7 +41,9 @@ def _encode(spec: AttentionSpec) -> tuple:
     return spec.scale, spec.left, spec.right, spec.top_left, spec.dropout_p
 
 
-def _decode(tensors, scale: float, left: int | None, right: int | None, top_left: bool, dropout_p: float) -> AttentionSpec:
+def _decode(
+    tensors, scale: float, left: int | None, right: int | None, top_left: bool, dropout_p: float
+) -> AttentionSpec:
     q, k, v = tensors["q"], tensors["k"], tensors["v"]
     H, D, H_kv, D_v = q.shape[1], q.shape[3], k.shape[1], v.shape[3]
     return AttentionSpec(H, H_kv, D, D_v, q.dtype, scale, left, right, top_left, dropout_p=dropout_p)

@@ -1,6 +1,7 @@
 """The one way an operator is built from kernels: schema, fake, derivative, compiler, functorch and the fast eager path.
 
-An operator is a `Definition`: what it allocates, what fills that, and the same for its backward. From it `Operator` makes
+An operator is a `Definition`: what it allocates, what fills that, and the same for its backward. From it `Operator`
+makes
 
 - the fast path for plain tensors: the launcher itself, or a classic autograd.Function when a gradient is wanted;
 - a `setup_context` autograd.Function whose backward is a Function too, for torch.func (grad, vmap) and forward-mode AD;
@@ -73,7 +74,9 @@ class Operator:
         everything = inputs + outputs
         return tuple(everything[i] for i in self._saved_index)
 
-    def _run_backward(self, grads: Tensors, saved: Tensors, wanted: Sequence[bool], spec: Spec, backend: str) -> Tensors:
+    def _run_backward(
+        self, grads: Tensors, saved: Tensors, wanted: Sequence[bool], spec: Spec, backend: str
+    ) -> Tensors:
         """The gradient of each input; None where it is not wanted."""
         by_name = dict(zip(self.definition.saved, saved, strict=True))
         grad_inputs = self.definition.allocate_grads(by_name, wanted, spec)
@@ -95,7 +98,9 @@ class Operator:
     def _call_custom(self, inputs: Sequence[Tensor | None], spec: Spec, backend: str) -> Tensors:
         return _as_tuple(self._custom_op(*inputs, *self.definition.encode(spec), backend))
 
-    def _call_backward(self, grads: Tensors, saved: Tensors, wanted: Sequence[bool], spec: Spec, backend: str) -> Tensors:
+    def _call_backward(
+        self, grads: Tensors, saved: Tensors, wanted: Sequence[bool], spec: Spec, backend: str
+    ) -> Tensors:
         """Gradients under any transform, None where not wanted; differentiating them again raises."""
         results = self._backward_function.apply(*grads, *saved, len(grads), tuple(wanted), spec, backend)
         return tuple(g if want else None for g, want in zip(results, wanted, strict=True))

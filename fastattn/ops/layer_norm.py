@@ -28,7 +28,9 @@ def _allocate_grads(saved, wanted, spec: NormSpec):
 
 
 def _launch_backward(grad_inputs, grads, saved, spec: NormSpec, backend: str):
-    get(backend).layer_norm_backward(*grad_inputs, grads[0], saved["x"], saved["weight"], saved["mean"], saved["rstd"], spec)
+    get(backend).layer_norm_backward(
+        *grad_inputs, grads[0], saved["x"], saved["weight"], saved["mean"], saved["rstd"], spec
+    )
 
 
 def _decode(tensors, eps: float, n_dims: int) -> NormSpec:

@@ -1,4 +1,4 @@
-"""fastattn::softmax: (x, mask) -> y, softmax or log_softmax over one dimension; the mask has as many dimensions as x."""
+"""fastattn::softmax: (x, mask) -> y, softmax or log_softmax over one dimension; the mask has x's rank."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def _scores(q: Tensor, k: Tensor, keep: Tensor | None) -> Tensor:
 
 
 def _weighted_values(p: Tensor, v: Tensor, keep: Tensor | None) -> Tensor:
-    """p v (B, H, S_q, D_v). With a mask, an entry of v that is not finite reaches the rows that see its key, no other."""
+    """p v (B, H, S_q, D_v). With a mask, a v that is not finite reaches the rows that see its key, no other."""
     if keep is None:
         return p @ v
     finite = v.isfinite()
@@ -128,7 +128,7 @@ def varlen_attention(
     seed: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The same over packed sequences: q (T_q, H, D), k (T_k, H_kv, D), v (T_k, H_kv, D_v); o (T_q, H, D_v), lse (H, T_q).
+    """Over packed sequences: q (T_q, H, D), k (T_k, H_kv, D), v (T_k, H_kv, D_v) -> o (T_q, H, D_v), lse (H, T_q).
 
     Sequence b is rows cu_seqlens[b] … cu_seqlens[b + 1] of each; bias and mask are broadcastable to
     (B, H, max S_q, max S_k) and are cut to each sequence's lengths.

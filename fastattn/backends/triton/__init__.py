@@ -82,7 +82,10 @@ def describe(spec: AttentionSpec | NormSpec | SoftmaxSpec, device: torch.device)
         from fastattn.backends.triton.configs import arch_of, backward_config, forward_config
 
         arch = arch_of(device)
-        forward, backward = forward_config(arch, spec.D, spec.D_v, spec.dtype), backward_config(arch, spec.D, spec.D_v, spec.dtype)
+        forward, backward = (
+            forward_config(arch, spec.D, spec.D_v, spec.dtype),
+            backward_config(arch, spec.D, spec.D_v, spec.dtype),
+        )
         return f"{how}; forward {forward}; backward {backward}"
     return f"{how}; one fused kernel forward, rows looped over where they do not fit a block"
 
@@ -92,14 +95,29 @@ def _on(t: Tensor):
     return torch.cuda.device_of(t)
 
 
-def attention_forward(o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, seed: Tensor | None, spec: AttentionSpec) -> None:
+def attention_forward(
+    o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, seed: Tensor | None, spec: AttentionSpec
+) -> None:
     from fastattn.backends.triton.attention_fwd import launch
 
     with _on(q):
         launch(o, lse, q, k, v, seed, spec)
 
 
-def attention_backward(dq, dk, dv, do, dlse, q: Tensor, k: Tensor, v: Tensor, seed: Tensor | None, o: Tensor, lse: Tensor, spec: AttentionSpec) -> None:
+def attention_backward(
+    dq,
+    dk,
+    dv,
+    do,
+    dlse,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seed: Tensor | None,
+    o: Tensor,
+    lse: Tensor,
+    spec: AttentionSpec,
+) -> None:
     from fastattn.backends.triton.attention_bwd import launch
 
     with _on(q):
@@ -111,7 +129,9 @@ def _rows(t: Tensor, n_dims: int) -> Tensor:
     return t.flatten(t.dim() - n_dims).flatten(0, -2) if t.dim() > n_dims else t.reshape(1, -1)
 
 
-def layer_norm_forward(y: Tensor, mean: Tensor, rstd: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, spec: NormSpec) -> None:
+def layer_norm_forward(
+    y: Tensor, mean: Tensor, rstd: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, spec: NormSpec
+) -> None:
     from fastattn.backends.triton.layer_norm import launch_forward
 
     weight, bias = (t if t is None else t.reshape(-1) for t in (weight, bias))
@@ -119,12 +139,16 @@ def layer_norm_forward(y: Tensor, mean: Tensor, rstd: Tensor, x: Tensor, weight:
         launch_forward(_rows(y, spec.n_dims), mean, rstd, _rows(x, spec.n_dims), weight, bias, spec.eps)
 
 
-def layer_norm_backward(dx, dweight, dbias, dy: Tensor | None, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, spec: NormSpec) -> None:
+def layer_norm_backward(
+    dx, dweight, dbias, dy: Tensor | None, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, spec: NormSpec
+) -> None:
     from fastattn.backends.triton.layer_norm import launch_backward
 
     if dy is None:
         dy = torch.zeros((), dtype=x.dtype, device=x.device).expand(x.shape)
-    dweight, dbias, weight = (t if t is None else t.view(-1) for t in (dweight, dbias, weight if weight is None else weight.contiguous()))
+    dweight, dbias, weight = (
+        t if t is None else t.view(-1) for t in (dweight, dbias, weight if weight is None else weight.contiguous())
+    )
     with _on(x):
         dx_rows = dx if dx is None else _rows(dx, spec.n_dims)
         launch_backward(dx_rows, dweight, dbias, _rows(dy, spec.n_dims), _rows(x, spec.n_dims), weight, mean, rstd)

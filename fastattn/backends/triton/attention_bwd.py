@@ -3,8 +3,8 @@
     delta = rowsum(o ∘ do) - dlse      dp = do vᵀ      ds = p ∘ (dp - delta)
     dq = scale · ds k                  dk = scale · dsᵀ q                  dv = pᵀ do
 
-The first pass holds a tile of queries, visits the keys it sees, and writes delta and dq. The second holds a tile of keys
-and visits the queries that see it, over all heads of its group, and writes dk and dv. A gradient of lse enters through
+The first pass holds a tile of queries, visits the keys it sees, and writes delta and dq. The second holds a tile of
+keys and visits the queries that see it, over all heads of its group, and writes dk and dv. A gradient of lse enters through
 delta alone, since ∂lse_i / ∂s_ij = p_ij. Shapes as in the forward; do (B, H, S_q, D_v), delta (B, H, S_q) fp32.
 Source: Dao, "FlashAttention-2" (2023), algorithm 2.
 """
@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastattn.backends.triton.attention_common import dropout_arguments, strides, window_arguments
 from fastattn.backends.triton.blocks.block_range import key_range, query_range
 from fastattn.backends.triton.blocks.dropout import dropout_factor
 from fastattn.backends.triton.blocks.features import Dropout, Features, Score, Window
@@ -21,7 +22,6 @@ from fastattn.backends.triton.blocks.score import apply_score, score_factor, sco
 from fastattn.backends.triton.blocks.softmax import load_lse, probability
 from fastattn.backends.triton.blocks.tile import dot, load_tile, offsets, store_tile
 from fastattn.backends.triton.configs import arch_of, backward_config, dot_precision
-from fastattn.backends.triton.attention_common import dropout_arguments, strides, window_arguments
 from fastattn.spec import AttentionSpec
 
 
@@ -120,7 +120,8 @@ def attention_backward_dq_kernel(
 def _key_span(
     dk, dv, k, v, Q, DO, LSE, DELTA, SEED, q_tile, do_tile, stride_qh, stride_qm, stride_doh, stride_dom,
     n, d, d_v, m_lo, m_hi, w, score, b, h_first, dropout_threshold, dropout_scale,
-    G: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    G: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     MASKED: tl.constexpr, F: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """dk / scale and dv over query tiles m_lo … m_hi - 1 of the G heads from h_first on.
@@ -128,7 +129,7 @@ def _key_span(
     s, p, dp and ds are transposed, (N, M). Heads and tiles are one loop, so that loads run ahead from head to head.
     """
     factor = score_factor(score, F)
-    for i in range(0, G * (m_hi - m_lo)):
+    for i in range(G * (m_hi - m_lo)):
         g = i // (m_hi - m_lo)
         m_start = (m_lo + i - g * (m_hi - m_lo)) * BLOCK_M
         m = m_start + tl.arange(0, BLOCK_M)
@@ -244,7 +245,13 @@ def launch(
         do = o.new_zeros(()).expand(o.shape)
     cfg = backward_config(arch_of(q.device), D, D_v, q.dtype)
     window = window_arguments(spec, S_q, S_k)
-    constants = {"G": spec.G, "D": D, "D_V": D_v, "F": Features.of(spec, q, k, v, o, do, dq, dk, dv), "DOT": dot_precision(q.dtype)}
+    constants = {
+        "G": spec.G,
+        "D": D,
+        "D_V": D_v,
+        "F": Features.of(spec, q, k, v, o, do, dq, dk, dv),
+        "DOT": dot_precision(q.dtype),
+    }
     delta = lse.new_empty(lse.shape)
     grid = triton.cdiv(S_q, cfg.dq.BLOCK_M) * B * H
     if grid > 0:

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastattn.backends.triton.attention_common import dropout_arguments, window_arguments
 from fastattn.backends.triton.blocks.block_range import key_range
 from fastattn.backends.triton.blocks.constants import NEG_INF
 from fastattn.backends.triton.blocks.dropout import dropout_factor
@@ -19,7 +20,6 @@ from fastattn.backends.triton.blocks.score import apply_score, score_factor
 from fastattn.backends.triton.blocks.softmax import finish_softmax, online_softmax
 from fastattn.backends.triton.blocks.tile import dot, load_tile, offsets, store_tile
 from fastattn.backends.triton.configs import arch_of, dot_precision, forward_config
-from fastattn.backends.triton.attention_common import dropout_arguments, window_arguments
 from fastattn.spec import AttentionSpec
 
 
@@ -61,8 +61,8 @@ def _restore_non_finite(
 ):  # fmt: skip
     """Give each row the non-finite values that it sees and masked tiles left out: inf in one turn, -inf in the next.
 
-    A NaN comes in both, and inf - inf is NaN. Twice changes nothing, so unmasked tiles may come again. Rare, hence small
-    rather than fast.
+    A NaN comes in both, and inf - inf is NaN. Twice changes nothing, so unmasked tiles may come again. Rare, hence
+    small rather than fast.
     """
     for i in tl.range(0, 2 * (n_max - n_min), num_stages=1):
         n_start = (n_min + i // 2) * BLOCK_N
@@ -146,7 +146,8 @@ def launch(o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, seed: Tensor
     attention_forward_kernel[grid](
         q, k, v, o, lse, seed, *q.stride(), *k.stride(), *v.stride(), *o.stride(), H, S_q, S_k,
         *window_arguments(spec, S_q, S_k), spec.scale, *dropout_arguments(spec),
-        G=spec.G, D=D, D_V=D_v, F=Features.of(spec, q, k, v, o), DOT=dot_precision(q.dtype), **cfg.launch_options(D, D_v),
+        G=spec.G, D=D, D_V=D_v, F=Features.of(spec, q, k, v, o), DOT=dot_precision(q.dtype),
+        **cfg.launch_options(D, D_v),
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Tile sizes of the attention kernels: data by (architecture, head dimension, dtype), and the arithmetic that admits them.
+"""Tile sizes of the attention kernels: data by (architecture, head dimension, dtype), and what admits them.
 
 The tables hold for head dimensions up to the key; `fit` takes from them what a wider element or a smaller card needs
 away. Nothing is tuned at call time.

@@ -49,9 +49,10 @@ def _locate(R1, M, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def _last_visible(m, N, shift):
-    """The last column that each row of a causal tile sees, -1 if none; in 32 bits, unless N needs more."""
-    return tl.maximum(tl.minimum(m + shift, N - 1), -1).to(N.dtype)[:, None]
+def _sees(m, n, N, shift):
+    """Causality: n <= m + shift. The bound is brought into the columns' range, and so into their type, 32 bits mostly."""
+    last = tl.maximum(tl.minimum(m + shift, N), -1).to(n.dtype)
+    return n[None, :] <= last[:, None]
 
 
 @triton.jit
@@ -61,7 +62,7 @@ def _visible(mask, m, n, stride_m, stride_n, M, N, shift, CAUSAL: tl.constexpr):
     if mask is not None:
         keep &= tl.load(mask + tile_offsets(m, n, stride_m, stride_n), mask=keep, other=0) != 0
     if CAUSAL:
-        keep &= n[None, :] <= _last_visible(m, N, shift)
+        keep &= _sees(m, n, N, shift)
     return keep
 
 
@@ -70,7 +71,7 @@ def _load(ptr, m, n, stride_m, stride_n, M, N, shift, CAUSAL: tl.constexpr):
     """ptr[m, n] as fp32. Causal: not read past the diagonal, to the next 16 columns, which keep the loads wide."""
     read = inside(m, n, M, N)
     if CAUSAL:
-        read &= (n // 16 * 16)[None, :] <= _last_visible(m, N, shift)
+        read &= _sees(m, n // 16 * 16, N, shift)
     return load_rows(ptr, m, n, stride_m, stride_n, read)
 
 

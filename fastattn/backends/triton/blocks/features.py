@@ -1,7 +1,7 @@
 """Which features a kernel is compiled with, and the values they run on.
 
-`Features` is a constexpr: a feature that is off leaves no instruction behind. A new feature adds one flag here, its value
-to `Window` or `Score`, and one device function in its own file; the loops of the kernels stay as they are.
+`Features` is a constexpr: a feature that is off leaves no instruction behind. A new feature adds one flag here, its
+value to `Window` or `Score`, and one device function in its own file; the loops of the kernels stay as they are.
 """
 
 from dataclasses import dataclass

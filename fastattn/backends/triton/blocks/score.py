@@ -1,7 +1,7 @@
 """From q kᵀ to the logits, and the derivative of that, in one place.
 
-The logits are kept in base 2 up to `factor`: exp(logit) = exp2(factor · s). With nothing but a positive scale, s is q kᵀ
-itself and factor = scale · log2 e, so that scaling costs no instruction of its own.
+The logits are kept in base 2 up to `factor`: exp(logit) = exp2(factor · s). With nothing but a positive scale, s is
+q kᵀ itself and factor = scale · log2 e, so that scaling costs no instruction of its own.
 """
 
 import triton

@@ -359,6 +359,18 @@ def test_what_some_rows_see_reaches_only_them(where: str):
     assert o[:, :, 3].isnan().all() == (where != "q")
 
 
+def test_row_of_nan_reaches_only_the_keys_that_it_sees():
+    """Causal, q is NaN in row 2 of 4: key 3 has the gradients that it had without it."""
+    q, k, v = (randn(1, 2, 4, 3, seed=i) for i in range(3))
+    poisoned = q.clone()
+    poisoned[:, :, 2] = NAN
+    _, _, _, dk, dv, _ = results({"q": poisoned, "k": k, "v": v}, {"right": 0})
+    _, _, _, dk_clean, dv_clean, _ = results({"q": q, "k": k, "v": v}, {"right": 0})
+    assert torch.equal(dk[:, :, 3], dk_clean[:, :, 3])
+    assert torch.equal(dv[:, :, 3], dv_clean[:, :, 3])
+    assert dv[:, :, :3].isnan().all()
+
+
 def test_large_scores_neither_overflow_nor_vanish():
     q, k, v = randn(1, 2, 3, 4), 1e6 * randn(1, 2, 5, 4, seed=1), randn(1, 2, 5, 4, seed=2)
     o, lse = reference(q, k, v, {})

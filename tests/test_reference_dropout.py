@@ -48,3 +48,12 @@ def test_dropout_is_keyed_by_position():
     for other in (keep.roll(1, dim) for dim in range(4)):
         assert 0.4 < (keep == other).double().mean() < 0.6
     assert 0.4 < (keep == dropout_keep(seed + 2**32, 0.5, 3, 4, 20, 30)).double().mean() < 0.6
+
+
+@pytest.mark.parametrize(("b", "h", "i", "j"), [(0, 0, 0, 0), (2, 1, 0, 3), (1, 3, 6, 2)])
+def test_entry_is_kept_from_its_word_on(b: int, h: int, i: int, j: int):
+    """Its word is the first of seven rounds on the counter (j, i, h, b)."""
+    seed = torch.tensor(-(2**62) + 12345)
+    word = philox(seed, *map(torch.tensor, (j, i, h, b)), rounds=7)[0].item()
+    for threshold, kept in ((word, True), (word + 1, False)):
+        assert dropout_keep(seed, threshold / 2**32, 3, 4, 7, 5)[b, h, i, j] == kept

@@ -4,8 +4,8 @@
     dq = scale · ds k                  dk = scale · dsᵀ q                  dv = pᵀ do
 
 The first pass holds a tile of queries, visits the keys it sees, and writes delta and dq. The second holds a tile of
-keys and visits the queries that see it, over all heads of its group, and writes dk and dv. A gradient of lse enters through
-delta alone, since ∂lse_i / ∂s_ij = p_ij. Shapes as in the forward; do (B, H, S_q, D_v), delta (B, H, S_q) fp32.
+keys and visits the queries that see it, over all heads of its group, and writes dk and dv. A gradient of lse enters
+through delta alone, since ∂lse_i / ∂s_ij = p_ij. Shapes as in the forward; do (B, H, S_q, D_v), delta (B, H, S_q) fp32.
 Source: Dao, "FlashAttention-2" (2023), algorithm 2.
 """
 

@@ -68,12 +68,17 @@ _TILES: dict[str, dict[str, dict[int, TileConfig]]] = {
     "sm_80": {
         "forward": {64: TileConfig(128, 64, 8, 3), 128: TileConfig(128, 32, 8, 3), 256: TileConfig(64, 32, 4, 2)},
         "dq": {64: TileConfig(128, 32, 8, 3), 128: TileConfig(64, 64, 8, 2), 256: TileConfig(32, 32, 4, 2)},
-        "dkdv": {64: TileConfig(64, 32, 4, 2), 128: TileConfig(64, 64, 8, 2), 256: TileConfig(32, 32, 4, 2)},
+        "dkdv": {64: TileConfig(32, 64, 8, 3), 128: TileConfig(64, 64, 8, 2), 256: TileConfig(32, 32, 4, 2)},
     },
     "sm_90": {
         "forward": {64: TileConfig(128, 64, 8, 3), 128: TileConfig(128, 64, 8, 3), 256: TileConfig(128, 64, 8, 2)},
         "dq": {64: TileConfig(128, 64, 8, 3), 128: TileConfig(128, 32, 8, 2), 256: TileConfig(64, 32, 8, 2)},
         "dkdv": {64: TileConfig(32, 128, 8, 3), 128: TileConfig(32, 64, 8, 2), 256: TileConfig(32, 64, 8, 2)},
+    },
+    "sm_100": {
+        "forward": {64: TileConfig(128, 64, 4, 3), 128: TileConfig(128, 64, 8, 3), 256: TileConfig(128, 64, 8, 2)},
+        "dq": {64: TileConfig(128, 64, 8, 3), 128: TileConfig(128, 32, 8, 2), 256: TileConfig(64, 32, 8, 2)},
+        "dkdv": {64: TileConfig(32, 128, 8, 3), 128: TileConfig(32, 64, 4, 2), 256: TileConfig(32, 64, 8, 2)},
     },
     "gfx942": {
         "forward": {64: TileConfig(128, 64, 4, 1), 128: TileConfig(128, 64, 4, 1), 256: TileConfig(64, 32, 4, 1)},
@@ -86,7 +91,7 @@ _TILES: dict[str, dict[str, dict[int, TileConfig]]] = {
         "dkdv": {256: TileConfig(16, 32, 4, 1)},
     },
 }
-_LIKE = {"sm_86": "sm_80", "sm_89": "sm_80", "sm_120": "sm_80", "sm_100": "sm_90"}
+_LIKE = {"sm_86": "sm_80", "sm_89": "sm_80", "sm_120": "sm_80"}
 _SMALLEST = 16
 
 

@@ -9,8 +9,8 @@
 
 x, y, dy, dx (M, N) with any strides; mean, rstd (M,) fp32; weight, bias, dweight, dbias (N,). The arithmetic is fp32.
 
-The variance is a sum of squares about the mean, never E[x²] - E[x]². A row that fits one tile is read once; a longer
-one in chunks, whose means and sums of squares are merged by Chan's formula, and once more to be normalised.
+The variance is a sum of squares about the corrected mean, never E[x²] - E[x]². A row that fits one tile is read once; a
+longer one in chunks, whose means and sums of squares are merged by Chan's formula, and once more to be normalised.
 
 dweight and dbias are summed in two stages without atomics, so they are the same bits on every run: P programs each
 write one fp32 row of partial sums, and a second kernel adds these up in order.
@@ -60,7 +60,9 @@ def _moments(x, n, N, count):
     """Mean and Σ (x - mean)² of each row of x, of which `count` columns are inside of the matrix."""
     mean = tl.sum(x, 1) / count
     centred = tl.where(n[None, :] < N, x - mean[:, None], 0.0)
-    return mean, tl.sum(centred * centred, 1)
+    # The mean was rounded at the size of Σ x, which may dwarf the spread of x; this is what it is off by.
+    error = tl.sum(centred, 1) / count
+    return mean + error, tl.sum(centred * centred, 1) - error * error * count
 
 
 @triton.jit
@@ -272,7 +274,10 @@ def _programs(x: Tensor, config: RowConfig, columns: int = 1) -> int:
 
 def _new_parts(dweight: Tensor | None, dbias: Tensor | None, P: int) -> tuple[Tensor | None, Tensor | None]:
     """Uninitialised partial sums (P, N), fp32, for each gradient that is wanted."""
-    return tuple(None if t is None else t.new_empty(P, t.shape[0], dtype=torch.float32) for t in (dweight, dbias))
+    dweight_parts, dbias_parts = (
+        None if t is None else t.new_empty(P, t.shape[0], dtype=torch.float32) for t in (dweight, dbias)
+    )
+    return dweight_parts, dbias_parts
 
 
 def _launch_dx(dx, dweight_parts, dbias_parts, dy, x, weight, mean, rstd, config: RowConfig) -> None:
@@ -315,7 +320,7 @@ def inspect_cases(arch: str) -> list[KernelCase]:
     cases = []
     for dtype, N in SHAPES:
         forward, dx, fused = (row_config(N, tiles, arch) for tiles in (FORWARD_TILES, DX_TILES, FUSED_TILES))
-        kernels = [
+        kernels: list[tuple[str, triton.JITFunction, RowConfig, dict[str, object]]] = [
             ("forward", _forward_kernel, forward, {"ONE_TILE": N <= forward.BLOCK_N}),
             ("dx", _dx_kernel, dx, {**no_parts, "ONE_TILE": N <= dx.BLOCK_N, "STAGES": 1}),
             ("reduce", _reduce_kernel, reduce_config(N, arch), {}),

@@ -20,12 +20,14 @@ def row_case(
 
     `pointers` has the type of each pointer argument, and may have more.
     """
+    names = kernel.arg_names
     constexprs |= {"BLOCK_N": config.BLOCK_N}
-    constexprs |= {rows: config.rows_per_program for rows in ("BLOCK_M", "BLOCK_P") if rows in kernel.arg_names}
-    constexprs |= {step: 1 for step in kernel.arg_names if step.startswith("stride_") and step.endswith("n")}
-    others = [argument for argument in kernel.arg_names if argument not in constexprs and argument not in pointers]
-    pointers = {argument: pointers[argument] for argument in kernel.arg_names if argument in pointers.keys() - constexprs}
-    scalars = {argument: "fp32" if argument in _FLOATS else "i32" for argument in others}
-    aligned = (*pointers, *(argument for argument in others if argument not in _FLOATS + _UNKNOWN))
+    constexprs |= {rows: config.rows_per_program for rows in ("BLOCK_M", "BLOCK_P") if rows in names}
+    constexprs |= {step: 1 for step in names if step.startswith("stride_") and step.endswith("n")}
+    pointers = {name: pointers[name] for name in names if name in pointers.keys() - constexprs}
+    scalars = {
+        name: "fp32" if name in _FLOATS else "i32" for name in names if name not in constexprs and name not in pointers
+    }
+    aligned = (*pointers, *(name for name in scalars if name not in _FLOATS + _UNKNOWN))
     # The kernels' loops say themselves how far they read ahead; num_stages is without effect.
     return KernelCase(name, kernel, pointers | scalars, constexprs, config.num_warps, 1, aligned)

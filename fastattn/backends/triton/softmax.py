@@ -50,7 +50,7 @@ def _locate(R1, M, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def _sees(m, n, N, shift):
-    """Causality: n <= m + shift. The bound is brought into the columns' range, and so into their type, 32 bits mostly."""
+    """Causality: n <= m + shift. The bound is brought into the range of n, and so into its type, mostly 32 bits."""
     last = tl.maximum(tl.minimum(m + shift, N), -1).to(n.dtype)
     return n[None, :] <= last[:, None]
 
@@ -216,7 +216,7 @@ class _Rows(NamedTuple):
     """The rows of several tensors of one shape."""
 
     sizes: tuple[int, int, int]  # R0, R1, M
-    strides: tuple[tuple[int, int, int, int], ...]  # of each tensor along R0, R1, M and the row itself
+    strides: tuple[tuple[int, ...], ...]  # of each tensor along R0, R1, M and the row itself
 
 
 def _merge_rows(tensors: Sequence[Tensor], dim: int, causal: bool) -> _Rows | None:
@@ -241,7 +241,8 @@ def _merge_rows(tensors: Sequence[Tensor], dim: int, causal: bool) -> _Rows | No
         return None
     merged = [(1, (0,) * len(strides))] * (3 - len(merged)) + merged
     along = [steps for _, steps in merged] + [tuple(s[dim] for s in strides)]
-    return _Rows(tuple(size for size, _ in merged), tuple(zip(*along, strict=True)))
+    R0, R1, M = (size for size, _ in merged)
+    return _Rows((R0, R1, M), tuple(zip(*along, strict=True)))
 
 
 def _launch(

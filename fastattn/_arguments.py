@@ -17,7 +17,7 @@ from fastattn.errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from fastattn.spec import AttentionSpec, NormSpec, SoftmaxSpec
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_LARGEST_FLOAT = sys.float_info.max
+_LARGEST_FLOAT: Any = sys.float_info.max
 _ALIGNMENTS = ("top_left", "bottom_right")
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.errors import ArgumentError, ArgumentTypeError, UnsupportedError
+from fastattn.errors import ArgumentError, ArgumentTypeError, UnsupportedError, kind
 from fastattn.spec import AttentionSpec, NormSpec, SoftmaxSpec
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -23,14 +23,6 @@ _ALIGNMENTS = ("top_left", "bottom_right")
 
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def kind(value: Any) -> str:
-    """What a message calls a value of a wrong type: None, a list, an int."""
-    if value is None:
-        return "None"
-    name = type(value).__name__
-    return f"an {name}" if name[0] in "aeiou" else f"a {name}"
 
 
 def check_tensor(fn: str, name: str, value: Any, optional: bool = False) -> None:
@@ -44,9 +36,9 @@ def check_tensor(fn: str, name: str, value: Any, optional: bool = False) -> None
         raise ArgumentTypeError(f"{fn}: `{name}` has layout {layout}; it must be strided.")
 
 
-def check_float_dtype(fn: str, name: str, dtype: torch.dtype) -> None:
-    if dtype not in FLOAT_DTYPES:
-        accepted = ", ".join(dtype_name(d) for d in FLOAT_DTYPES)
+def check_float_dtype(fn: str, name: str, dtype: torch.dtype, also: tuple[torch.dtype, ...] = ()) -> None:
+    if dtype not in (*also, *FLOAT_DTYPES):
+        accepted = ", ".join(dtype_name(d) for d in (*also, *FLOAT_DTYPES))
         raise ArgumentTypeError(f"{fn}: `{name}` has dtype {dtype_name(dtype)}; it must be one of {accepted}.")
 
 
@@ -246,13 +238,20 @@ def check_attention_features(q: Tensor, k: Tensor, bias, mask, alibi_slopes, sin
         raise ArgumentError(f"{fn}: `sinks` has shape {tuple(sinks.shape)}; it must be (H,) = ({H},).")
 
 
-def norm_spec(fn: str, x: Sequence[int], x_dtype, x_device, normalized_shape, parameters: tuple, eps) -> NormSpec:
-    """`parameters`: for weight and bias, (shape, dtype, device) or None."""
-    check_float_dtype(fn, "x", x_dtype)
-    if not isinstance(normalized_shape, tuple):
+def row_shape(fn: str, normalized_shape: Any) -> tuple:
+    """The last dimensions of x that layer_norm runs over, one for an integer."""
+    if isinstance(normalized_shape, (int, torch.SymInt)):
+        return (normalized_shape,)
+    if not isinstance(normalized_shape, (tuple, list)):
         raise ArgumentTypeError(
             f"{fn}: `normalized_shape` is {kind(normalized_shape)}; it must be an int or a list or tuple of ints."
         )
+    return tuple(normalized_shape)
+
+
+def norm_spec(fn: str, x: Sequence[int], x_dtype, x_device, normalized_shape, parameters: tuple, eps) -> NormSpec:
+    """`normalized_shape` comes from `row_shape`; `parameters`: for weight and bias, (shape, dtype, device) or None."""
+    check_float_dtype(fn, "x", x_dtype)
     for n in normalized_shape:
         if not isinstance(n, (int, torch.SymInt)):
             raise ArgumentTypeError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class FastattnError(Exception):
     """Base of every error that is fastattn's own."""
@@ -17,3 +19,11 @@ class ArgumentTypeError(FastattnError, TypeError):
 
 class UnsupportedError(FastattnError, NotImplementedError):
     """The call is well formed, but the backend asked for cannot compute it; the message says which part."""
+
+
+def kind(value: Any) -> str:
+    """What a message calls a value of a wrong type: None, a list, an int."""
+    if value is None:
+        return "None"
+    name = type(value).__name__
+    return f"an {name}" if name[0] in "aeiou" else f"a {name}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from types import ModuleType
@@ -14,7 +15,7 @@ from torch import Tensor
 from fastattn import _arguments as check
 from fastattn import backends
 from fastattn.backends import Explanation
-from fastattn.errors import ArgumentTypeError
+from fastattn.errors import ArgumentTypeError, FastattnError, kind
 from fastattn.ops.attention import attention as attention_op
 from fastattn.ops.layer_norm import layer_norm as layer_norm_op
 from fastattn.ops.softmax import softmax as softmax_op
@@ -28,7 +29,14 @@ def _cached(plan: Callable) -> Callable:
     cached = lru_cache(_PLANS, typed=True)(plan)  # typed: 1 is not True
 
     def lookup(*args):
-        return plan(*args) if torch.compiler.is_compiling() else cached(*args)
+        if torch.compiler.is_compiling():
+            return plan(*args)
+        try:
+            return cached(*args)
+        except ArgumentTypeError:
+            raise
+        except TypeError:  # an argument that cannot be hashed is a wrong one; the plan says which
+            return plan(*args)
 
     return lookup
 
@@ -45,11 +53,11 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 @_cached
 def _attention_plan(
     backend, q_shape, k_shape, v_shape, q_dtype, k_dtype, v_dtype, q_device, k_device, v_device,
-    causal, window, scale, softcap, dropout_p, deterministic, *present,
+    causal, left, right, scale, softcap, dropout_p, deterministic, *present,
 ) -> tuple[ModuleType, AttentionSpec]:  # fmt: skip
     spec = check.attention_spec(
         (q_shape, k_shape, v_shape), (q_dtype, k_dtype, v_dtype), (q_device, k_device, v_device),
-        causal, window, scale, softcap, dropout_p, deterministic, present,
+        causal, (left, right), scale, softcap, dropout_p, deterministic, present,
     )  # fmt: skip
     return backends.select(spec, q_device, backend), spec
 
@@ -135,15 +143,14 @@ def attention(
         torch.Size([2, 4, 16, 32])
     """
     for name, t in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(t, Tensor):
+        if not isinstance(t, Tensor) or t.layout is not torch.strided:
             check.check_tensor("attention", name, t)
     if torch._C._is_any_autocast_enabled():
         q, k, v = _autocast(q, k, v)
-    if isinstance(window, list):
-        window = tuple(window)
+    left, right = (None, None) if window is None else check.window_sides("attention", window)
     run, spec = _attention_plan(
         backend, q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device,
-        causal, window, scale, softcap, dropout_p, deterministic,
+        causal, left, right, scale, softcap, dropout_p, deterministic,
         bias is not None, mask is not None, alibi_slopes is not None, sinks is not None,
     )  # fmt: skip
     if spec.bias or spec.mask or spec.alibi or spec.sinks:
@@ -195,8 +202,18 @@ def scaled_dot_product_attention(
         torch.Size([2, 4, 16, 32])
     """
     arguments, lead = _sdpa_arguments(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    o = attention(**arguments)
+    try:
+        o = attention(**arguments)
+    except FastattnError as error:
+        raise _in_sdpa_names(error) from None
     return o if lead is None else o.reshape(*lead, *o.shape[-2:])
+
+
+def _in_sdpa_names(error: FastattnError) -> FastattnError:
+    """The same error, in the names that the caller of scaled_dot_product_attention knows."""
+    names = {"q": "query", "k": "key", "v": "value", "mask": "attn_mask", "bias": "attn_mask"}
+    message = re.sub(r"`(\w+)`", lambda match: f"`{names.get(match[1], match[1])}`", str(error))
+    return type(error)(f"scaled_dot_product_{message}")
 
 
 def _sdpa_arguments(
@@ -205,10 +222,13 @@ def _sdpa_arguments(
     """-> (keywords of `attention`, leading dimensions of the result, None when they are (B, H))."""
     fn = "scaled_dot_product_attention"
     for name, t in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(t, Tensor):
+        if not isinstance(t, Tensor) or t.layout is not torch.strided:
             check.check_tensor(fn, name, t)
-    check.check_tensor(fn, "attn_mask", attn_mask, optional=True)
+    if attn_mask is not None:
+        check.check_tensor(fn, "attn_mask", attn_mask, optional=True)
+        check.check_float_dtype(fn, "attn_mask", attn_mask.dtype, also=(torch.bool,))
     check.check_bool(fn, "is_causal", is_causal)
+    check.check_bool(fn, "enable_gqa", enable_gqa)
     lead = None
     if not query.dim() == key.dim() == value.dim() == 4 or query.shape[0] != key.shape[0]:
         query, key, value, attn_mask, lead = _four_dims(fn, query, key, value, attn_mask)
@@ -248,13 +268,15 @@ def _four_dims(fn: str, query: Tensor, key: Tensor, value: Tensor, attn_mask: Te
 
     full = (*lead, query.shape[-3]) if has_heads else lead
     if attn_mask is not None:
-        attn_mask = attn_mask.expand(*full, query.shape[-2], key.shape[-2])
+        target = (*full, query.shape[-2], key.shape[-2])
+        check.check_broadcast(fn, "attn_mask", attn_mask.shape, target, "(…, S_q, S_k)")
+        attn_mask = attn_mask.expand(target)
         attn_mask = attn_mask.reshape(-1, full[-1] if has_heads else 1, *attn_mask.shape[-2:])
     return shaped(query), shaped(key), shaped(value), attn_mask, full
 
 
 @_cached
-def _norm_plan(backend, fn, x_shape, x_dtype, x_device, row, weight, bias, eps) -> tuple[ModuleType, NormSpec]:
+def _norm_plan(backend, fn, x_shape, x_dtype, x_device, weight, bias, eps, *row) -> tuple[ModuleType, NormSpec]:
     spec = check.norm_spec(fn, x_shape, x_dtype, x_device, row, (weight, bias), eps)
     return backends.select(spec, x_device, backend), spec
 
@@ -262,13 +284,6 @@ def _norm_plan(backend, fn, x_shape, x_dtype, x_device, row, weight, bias, eps) 
 def _facts(t: Tensor | None) -> Any:
     """What a plan depends on: (shape, dtype, device), or None for an absent tensor."""
     return None if t is None else (t.shape, t.dtype, t.device)
-
-
-def _row_shape(normalized_shape: Any) -> Any:
-    """A tuple, for an integer or a sequence; anything else is left for the checks to refuse."""
-    if isinstance(normalized_shape, (int, torch.SymInt)):
-        return (normalized_shape,)
-    return tuple(normalized_shape) if isinstance(normalized_shape, (list, tuple)) else normalized_shape
 
 
 def layer_norm(
@@ -309,14 +324,14 @@ def layer_norm(
         torch.Size([4, 16])
     """
     _check_norm_tensors(x, weight, bias)
-    if residual is not None or dropout_p != 0.0:
+    if residual is not None or not isinstance(dropout_p, (int, float)) or dropout_p != 0.0:
         check.refuse("layer_norm", residual=(residual, None), dropout_p=(dropout_p, 0.0))
     if x.is_cuda and torch.is_autocast_enabled("cuda"):
         x, weight, bias = x.float(), None if weight is None else weight.float(), None if bias is None else bias.float()
     if type(normalized_shape) is not tuple:
-        normalized_shape = _row_shape(normalized_shape)
+        normalized_shape = check.row_shape("layer_norm", normalized_shape)
     run, spec = _norm_plan(
-        backend, "layer_norm", x.shape, x.dtype, x.device, normalized_shape, _facts(weight), _facts(bias), eps
+        backend, "layer_norm", x.shape, x.dtype, x.device, _facts(weight), _facts(bias), eps, *normalized_shape
     )
     if run.COMPOSITE:
         return run.layer_norm(x, weight, bias, spec)
@@ -325,7 +340,7 @@ def layer_norm(
 
 
 def _check_norm_tensors(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
-    if not isinstance(x, Tensor):
+    if not isinstance(x, Tensor) or x.layout is not torch.strided:
         check.check_tensor("layer_norm", "x", x)
     if weight is not None and not isinstance(weight, Tensor):
         check.check_tensor("layer_norm", "weight", weight, optional=True)
@@ -342,7 +357,7 @@ def _softmax_plan(device, backend, *spec_args) -> tuple[ModuleType, SoftmaxSpec]
 def _softmax(
     fn: str, x: Tensor, dim: int, scale: float, mask: Tensor | None, causal: bool | str, backend: str | None
 ) -> Tensor:
-    if not isinstance(x, Tensor):
+    if not isinstance(x, Tensor) or x.layout is not torch.strided:
         check.check_tensor(fn, "x", x)
     if x.is_cuda and torch.is_autocast_enabled("cuda"):
         x = x.float()
@@ -452,10 +467,10 @@ def explain(fn: Callable, *args: Any, **kwargs: Any) -> Explanation:
         >>> explain(attention, q, q, q).backend in ("triton", "eager")
         True
     """
-    specs = _SPEC_OF.get(fn)
+    specs = _SPEC_OF.get(fn) if callable(fn) else None
     if specs is None:
-        names = ", ".join(f.__name__ for f in _SPEC_OF)
-        raise ArgumentTypeError(f"explain: `fn` is {fn!r}; it must be one of {names}.")
+        names, given = ", ".join(f.__name__ for f in _SPEC_OF), getattr(fn, "__name__", kind(fn))
+        raise ArgumentTypeError(f"explain: `fn` is {given}; it must be one of {names}.")
     bound = inspect.signature(fn).bind(*args, **kwargs)
     bound.apply_defaults()
     spec, device = specs(**bound.arguments)
@@ -472,7 +487,7 @@ def _attention_spec(
     features = (bias, mask, alibi_slopes, sinks)
     spec = check.attention_spec(
         tuple(t.shape for t in tensors), tuple(t.dtype for t in tensors), tuple(t.device for t in tensors),
-        causal, tuple(window) if isinstance(window, list) else window, scale, softcap, dropout_p, deterministic,
+        causal, window, scale, softcap, dropout_p, deterministic,
         tuple(t is not None for t in features),
     )  # fmt: skip
     check.check_attention_features(q, k, *features)
@@ -483,13 +498,16 @@ def _sdpa_spec(**arguments):
     arguments, _ = _sdpa_arguments(**arguments)
     bound = inspect.signature(attention).bind(**arguments)
     bound.apply_defaults()
-    return _attention_spec(**bound.arguments)
+    try:
+        return _attention_spec(**bound.arguments)
+    except FastattnError as error:
+        raise _in_sdpa_names(error) from None
 
 
 def _layer_norm_spec(x, normalized_shape, weight, bias, eps, residual, dropout_p, backend):
     _check_norm_tensors(x, weight, bias)
     check.refuse("layer_norm", residual=(residual, None), dropout_p=(dropout_p, 0.0))
-    row = _row_shape(normalized_shape)
+    row = check.row_shape("layer_norm", normalized_shape)
     return check.norm_spec("layer_norm", x.shape, x.dtype, x.device, row, (_facts(weight), _facts(bias)), eps), x.device
 
 

@@ -211,7 +211,7 @@ def test_config_of_eager_says_whether_torch_serves(options, torch_runs: bool, mo
             """
 attention on cpu: eager
   triton     passed over: dtype float64 (it has float16, bfloat16 and float32)
-  eager      runs: torch scaled_dot_product_attention
+  eager      runs: torch scaled_dot_product_attention where lse is not wanted, else reference operations
   reference  not reached""",
         ),
         (

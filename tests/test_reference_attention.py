@@ -357,6 +357,7 @@ def test_what_some_rows_see_reaches_only_them(where: str):
         assert torch.equal(actual[:, :, :2], expected[:, :, :2])
     assert o[:, :, 2].isnan().all()
     assert o[:, :, 3].isnan().all() == (where != "q")
+    assert dq[:, :, 3].isnan().all() == (where != "q")
 
 
 def test_row_of_nan_reaches_only_the_keys_that_it_sees():

@@ -14,7 +14,7 @@ from typing import TypeAlias
 import torch
 
 from fastattn.backends import eager, reference, triton
-from fastattn.errors import ArgumentError, ArgumentTypeError, UnsupportedError
+from fastattn.errors import ArgumentError, ArgumentTypeError, UnsupportedError, kind
 from fastattn.spec import AttentionSpec, NormSpec, SoftmaxSpec
 
 Spec: TypeAlias = AttentionSpec | NormSpec | SoftmaxSpec
@@ -26,7 +26,7 @@ ORDER: tuple[str, ...] = tuple(_BACKENDS)
 def get(name: str) -> ModuleType:
     """The backend called `name`."""
     if not isinstance(name, str):
-        raise ArgumentTypeError(f"`backend` is a {type(name).__name__}; it must be None or one of {', '.join(ORDER)}.")
+        raise ArgumentTypeError(f"`backend` is {kind(name)}; it must be None or one of {', '.join(ORDER)}.")
     if name not in ORDER:
         raise ArgumentError(f"`backend` is {name!r}; it must be None or one of {', '.join(ORDER)}.")
     return _BACKENDS[name]
@@ -79,8 +79,10 @@ class Explanation:
 
 
 def explain(spec: Spec, device: torch.device, requested: str | None = None) -> Explanation:
-    """What `select` would do, and why; never raises for want of support."""
+    """What `select` would do, and why; raises for an unknown name, never for want of support."""
     reasons: dict[str, str] = {}
+    if requested is not None:
+        get(requested)
     for name in ORDER:
         if requested is not None and name != requested:
             reasons[name] = f"backend={requested!r} was asked for"

@@ -38,11 +38,13 @@ def describe(spec: AttentionSpec | NormSpec | SoftmaxSpec, device: torch.device)
             return f"reference operations: torch's scaled_dot_product_attention has no {feature}"
         if spec.windowed or spec.mask:
             return (
-                "torch scaled_dot_product_attention where q, k and v are seen to be finite, else reference operations"
+                "torch scaled_dot_product_attention where q, k and v are seen to be finite and lse is not wanted, "
+                "else reference operations"
                 if device.type == "cpu"
                 else "reference operations: torch's scaled_dot_product_attention leaks what a mask hides"
             )
-        return "torch scaled_dot_product_attention"
+        condition = "bias has q's dtype and lse is not wanted" if spec.bias else "lse is not wanted"
+        return f"torch scaled_dot_product_attention where {condition}, else reference operations"
     if isinstance(spec, SoftmaxSpec):
         return (
             "torch softmax"
@@ -73,9 +75,9 @@ def _finite(t: Tensor) -> bool:
     return math.isfinite(t.sum(dtype=torch.float32 if t.dtype.itemsize < 4 else None).item())
 
 
-def _nothing_can_leak(q: Tensor, k: Tensor, v: Tensor, square_causal: bool) -> bool:
-    """Whether the inputs can be looked at, and are finite; with a square causal mask no row of q sees nothing."""
-    return is_plain(q, k, v) and q.is_cpu and _finite(k) and _finite(v) and (square_causal or _finite(q))
+def _nothing_can_leak(*inputs: Tensor) -> bool:
+    """Whether the inputs can be looked at, and are finite."""
+    return is_plain(*inputs) and inputs[0].is_cpu and all(map(_finite, inputs))
 
 
 def attention(
@@ -92,24 +94,26 @@ def attention(
 ) -> tuple[Tensor, Tensor | None]:
     if not return_lse and q.numel() and k.numel() and v.numel():
         if spec.plain:
-            return _sdpa(q, k, v, None, 0.0, False, scale=spec.scale, enable_gqa=spec.G > 1), None
+            return _fused(q, k, v, spec), None
         if _beyond_sdpa(spec, q.device) is None:
             S_q, S_k = q.shape[2], k.shape[2]
             if bias is not None:
                 if bias.dtype == q.dtype:
-                    return _masked_sdpa(q, k, v, spec, bias), None
-            elif spec.left is None and spec.right == 0 and not spec.mask and S_q == S_k:
-                if _nothing_can_leak(q, k, v, square_causal=True):
-                    return _sdpa(q, k, v, None, 0.0, True, scale=spec.scale, enable_gqa=spec.G > 1), None
-            elif _nothing_can_leak(q, k, v, square_causal=False):
-                return _masked_sdpa(q, k, v, spec, visible_keys(spec, S_q, S_k, mask, q.device)), None
+                    return _fused(q, k, v, spec, bias), None
+            elif _nothing_can_leak(q, k, v):
+                if spec.left is None and spec.right == 0 and not spec.mask and S_q == S_k:
+                    return _fused(q, k, v, spec, causal=True), None
+                return _fused(q, k, v, spec, visible_keys(spec, S_q, S_k, mask, q.device)), None
     return reference.attention(q, k, v, spec, return_lse, bias, mask, alibi_slopes, sinks, seed)
 
 
-def _masked_sdpa(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, attn_mask: Tensor | None) -> Tensor:
+def _fused(
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, attn_mask: Tensor | None = None, causal: bool = False
+) -> Tensor:
     if attn_mask is not None:
         attn_mask = attn_mask.expand(*q.shape[:3], k.shape[2])
-    return _sdpa(q, k, v, attn_mask, 0.0, False, scale=spec.scale, enable_gqa=spec.G > 1)
+    grouped = True if spec.G > 1 else False  # noqa: SIM210 (with dynamic shapes the comparison is symbolic)
+    return _sdpa(q, k, v, attn_mask, 0.0, causal, scale=spec.scale, enable_gqa=grouped)
 
 
 def _plain_layer_norm(spec: NormSpec) -> bool:

@@ -39,7 +39,8 @@ def _scores(q: Tensor, k: Tensor, keep: Tensor | None) -> Tensor:
         return q @ k.mT
     q_finite, k_finite = q.isfinite().all(-1, keepdim=True), k.isfinite().all(-1, keepdim=True)
     s = torch.where(q_finite, q, 0.0) @ torch.where(k_finite, k, 0.0).mT
-    return torch.where(q_finite & k_finite.mT, s, math.nan)
+    unknown = torch.where((q_finite & k_finite.mT) | ~keep, 1.0, math.nan).to(s.dtype)
+    return s * unknown  # a factor, so that the gradient is NaN too
 
 
 def _weighted_values(p: Tensor, v: Tensor, keep: Tensor | None) -> Tensor:
@@ -49,7 +50,8 @@ def _weighted_values(p: Tensor, v: Tensor, keep: Tensor | None) -> Tensor:
     finite = v.isfinite()
     o = p @ torch.where(finite, v, 0.0)
     seen = keep.to(p.dtype) @ (~finite).to(p.dtype)  # how many visible keys have a non-finite entry in this column
-    return o + torch.where(seen > 0, math.nan, 0.0)
+    unknown = torch.where(seen > 0, math.nan, 0.0).to(o.dtype)
+    return o + unknown * p.sum(-1, keepdim=True)  # times Σp, so that the gradient is NaN too
 
 
 def attention(
@@ -154,6 +156,8 @@ def varlen_attention(
                 compute_dtype=compute_dtype, first_b=b,
             )
         )  # fmt: skip
-    o = torch.cat([o[0].transpose(0, 1) for o, _ in outputs])
-    lse = torch.cat([lse[0] for _, lse in outputs], dim=-1)
+    H, D_v = q.shape[1], v.shape[2]
+    no_rows = q.new_empty(1, H, 0, D_v), q.new_empty(1, H, 0, dtype=torch.promote_types(q.dtype, torch.float32))
+    o = torch.cat([o[0].transpose(0, 1) for o, _ in (no_rows, *outputs)])
+    lse = torch.cat([lse[0] for _, lse in (no_rows, *outputs)], dim=-1)
     return o, lse

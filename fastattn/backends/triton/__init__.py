@@ -61,9 +61,9 @@ def unsupported(spec: AttentionSpec | NormSpec | SoftmaxSpec, device: torch.devi
 
 
 def _unsupported_attention(spec: AttentionSpec) -> str | None:
-    for name in ("bias", "mask", "alibi", "sinks"):
-        if getattr(spec, name):
-            return f"no kernel for {name} yet"
+    for feature, argument in (("bias", "bias"), ("mask", "mask"), ("alibi", "alibi_slopes"), ("sinks", "sinks")):
+        if getattr(spec, feature):
+            return f"no kernel for {argument} yet"
     if spec.softcap is not None:
         return "no kernel for softcap yet"
     for name, width in (("head dimension of q and k", spec.D), ("head dimension of v", spec.D_v)):

@@ -7,6 +7,8 @@ import triton.language as tl
 
 from fastattn.backends.triton.inspection import KernelCase
 
+FACTOR = tl.constexpr(3.0)
+
 
 @triton.jit
 def exp2_kernel(y, x, n, BLOCK: tl.constexpr):
@@ -37,6 +39,22 @@ def tma_copy_kernel(y, x, M, N: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def scaled(x):
+    """FACTOR · x: a function with a constant of its own, shared by the two kernels below."""
+    return x * FACTOR
+
+
+@triton.jit
+def scale_kernel(y, x):
+    tl.store(y, scaled(tl.load(x)))
+
+
+@triton.jit
+def scale_twice_kernel(y, x):
+    tl.store(y, scaled(scaled(tl.load(x))))
+
+
+@triton.jit
 def broken_kernel(x, BLOCK: tl.constexpr):
     """Does not compile: two shapes that cannot be added."""
     tl.store(x + tl.arange(0, BLOCK), tl.zeros((BLOCK,), tl.float32) + tl.zeros((2 * BLOCK,), tl.float32))
@@ -60,6 +78,8 @@ def inspect_cases(arch: str) -> list[KernelCase]:
         dot_case("dot/ieee", M=16, N=16, K=16, dtype="fp32"),
         dot_case("dot/shared", M=64, N=64, K=512, num_stages=4),
         dot_case("dot/small_tile", M=16, N=64, K=64),
+        KernelCase("scale/once", scale_kernel, {"y": "*fp32", "x": "*fp32"}, {}, 1, 1),
+        KernelCase("scale/twice", scale_twice_kernel, {"y": "*fp32", "x": "*fp32"}, {}, 1, 1),
         KernelCase("broken", broken_kernel, {"x": "*fp32"}, {"BLOCK": 16}, 4, 1),
     ]
     # The accumulator alone outgrows the registers: 256 per thread on NVIDIA, 512 on AMD.

@@ -17,17 +17,22 @@ from fastattn.cli.inspect import ARCHS
 TESTS = Path(__file__).parent
 
 
-def inspect(reports: Path, arch: str, *options: str) -> tuple[dict[str, dict], subprocess.CompletedProcess[str]]:
+def inspect(
+    reports: Path, arch: str, *options: str, **environment: str
+) -> tuple[dict[str, dict], subprocess.CompletedProcess[str]]:
     """The reports of one card by name, and the process that made them.
 
     One test takes all of a card's reports, so that no two test workers compile the same kernels.
     """
     command = [sys.executable, "-m", "fastattn", "inspect", "--check", "--arch", arch, "--json", str(reports), *options]
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(TESTS)
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment = {**inherited, "PYTHONPATH": str(TESTS), **environment}
     process = subprocess.run(command, cwd=TESTS.parent, env=environment, capture_output=True, text=True, check=False)
     assert reports.exists(), process.stderr
     return {report["name"]: report for report in json.loads(reports.read_text())["reports"]}, process
+
+
+PLANTED = ("--module", "planted_kernels", "--workers", "1")
 
 
 @pytest.mark.parametrize(
@@ -65,7 +70,7 @@ DOT_OPCODE = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": 
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_planted_flaws_are_found_and_instructions_counted(arch: str, tmp_path: Path) -> None:
-    reports, process = inspect(tmp_path / "reports.json", arch, "--module", "planted_kernels", "--workers", "1")
+    reports, process = inspect(tmp_path / "reports.json", arch, *PLANTED)
     found = {name: report["violations"] for name, report in reports.items() if report["violations"]}
     assert found.keys() == FLAWS_BY_ARCH[arch].keys()
     for name, phrase in FLAWS_BY_ARCH[arch].items():
@@ -90,6 +95,15 @@ def test_planted_flaws_are_found_and_instructions_counted(arch: str, tmp_path: P
         assert (report["stores"], report["wide_stores"]) == (accesses, wide)
     if "tma_copy" in reports:
         assert [reports["tma_copy"][key] for key in ("loads", "wide_loads", "stores", "wide_stores")] == [1, 1, 1, 1]
+
+
+def test_the_cache_serves_a_kernel_whatever_was_compiled_before_it(tmp_path: Path) -> None:
+    reports, cache = tmp_path / "reports.json", tmp_path / "cache"
+    inspect(reports, "sm_80", *PLANTED, "--filter", "scale/", TRITON_CACHE_DIR=str(cache))
+    entries = {path.name for path in cache.iterdir()}
+    assert len(entries) == 2
+    inspect(reports, "sm_80", *PLANTED, "--filter", "scale/twice", TRITON_CACHE_DIR=str(cache))
+    assert {path.name for path in cache.iterdir()} == entries
 
 
 def test_opcodes_are_counted_by_what_they_do() -> None:

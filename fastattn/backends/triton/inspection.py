@@ -156,11 +156,26 @@ def compile_case(case: KernelCase, arch: str) -> Report:
     attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in case.divisible_by_16}
     source = ASTSource(case.kernel, signature, case.constexprs, attrs)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    _settle_cache_key(case.kernel)
     try:
         binary = triton.compile(source, target=CARDS[arch].target, options=options)
     except (CompilationError, PTXASError, RuntimeError) as error:  # RuntimeError: a pass of the compiler failed
         return Report(case.name, arch, error=f"{type(error).__name__}: {error}".strip())
     return _report(case.name, arch, binary)
+
+
+def _settle_cache_key(kernel: triton.JITFunction, callers: tuple[triton.JITFunction, ...] = ()) -> None:
+    """Hashes the functions that a kernel calls, then the kernel.
+
+    Triton 3.6 and 3.7 put the constants of a called function into its caller's key only if the called one was hashed
+    earlier. Left alone, a key would depend on which kernels the process met before, and the cache would miss.
+    """
+    callers = (*callers, kernel)
+    for name in kernel.fn.__code__.co_names:  # attributes too: `tl.dot` in a function that is itself called `dot`
+        called = kernel.fn.__globals__.get(name)
+        if isinstance(called, triton.JITFunction) and not any(called is caller for caller in callers):
+            _settle_cache_key(called, callers)
+    hash(kernel)  # computes the key and keeps it
 
 
 def _report(name: str, arch: str, binary: triton.compiler.CompiledKernel) -> Report:

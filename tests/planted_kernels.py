@@ -50,8 +50,8 @@ def scale_kernel(y, x):
 
 
 @triton.jit
-def scale_twice_kernel(y, x):
-    tl.store(y, scaled(scaled(tl.load(x))))
+def scale_and_add_kernel(y, x):
+    tl.store(y, scaled(tl.load(x)) + 1)
 
 
 @triton.jit
@@ -78,8 +78,8 @@ def inspect_cases(arch: str) -> list[KernelCase]:
         dot_case("dot/ieee", M=16, N=16, K=16, dtype="fp32"),
         dot_case("dot/shared", M=64, N=64, K=512, num_stages=4),
         dot_case("dot/small_tile", M=16, N=64, K=64),
-        KernelCase("scale/once", scale_kernel, {"y": "*fp32", "x": "*fp32"}, {}, 1, 1),
-        KernelCase("scale/twice", scale_twice_kernel, {"y": "*fp32", "x": "*fp32"}, {}, 1, 1),
+        KernelCase("scale/only", scale_kernel, {"y": "*fp32", "x": "*fp32"}, {}, 1, 1),
+        KernelCase("scale/add", scale_and_add_kernel, {"y": "*fp32", "x": "*fp32"}, {}, 1, 1),
         KernelCase("broken", broken_kernel, {"x": "*fp32"}, {"BLOCK": 16}, 4, 1),
     ]
     # The accumulator alone outgrows the registers: 256 per thread on NVIDIA, 512 on AMD.

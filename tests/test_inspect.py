@@ -28,7 +28,7 @@ def inspect(
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment = {**inherited, "PYTHONPATH": str(TESTS), **environment}
     process = subprocess.run(command, cwd=TESTS.parent, env=environment, capture_output=True, text=True, check=False)
-    assert reports.exists(), process.stderr
+    assert process.returncode in (0, 1), process.stderr
     return {report["name"]: report for report in json.loads(reports.read_text())["reports"]}, process
 
 
@@ -102,7 +102,7 @@ def test_the_cache_serves_a_kernel_whatever_was_compiled_before_it(tmp_path: Pat
     inspect(reports, "sm_80", *PLANTED, "--filter", "scale/", TRITON_CACHE_DIR=str(cache))
     entries = {path.name for path in cache.iterdir()}
     assert len(entries) == 2
-    inspect(reports, "sm_80", *PLANTED, "--filter", "scale/twice", TRITON_CACHE_DIR=str(cache))
+    inspect(reports, "sm_80", *PLANTED, "--filter", "scale/add", TRITON_CACHE_DIR=str(cache))
     assert {path.name for path in cache.iterdir()} == entries
 
 

@@ -91,7 +91,7 @@ def test_triton(case: cases.Case, device: torch.device):
     check("triton", *inputs_of(case, device), case.options)
 
 
-@pytest.mark.parametrize("case", [*cases.LENGTHS, *cases.MASKS, *cases.HEADS, *cases.LAYOUTS], ids=str)
+@pytest.mark.parametrize("case", [*cases.LENGTHS, *cases.MASKS, *cases.HEADS, *cases.LAYOUTS, *cases.SCALES], ids=str)
 def test_eager(case: cases.Case, device: torch.device):
     inputs, do, dlse = inputs_of(case, device)
     check("eager", inputs, do, dlse, case.options)

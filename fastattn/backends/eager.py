@@ -66,6 +66,8 @@ def _beyond_sdpa(spec: AttentionSpec, device: torch.device) -> str | None:
         return "keyed dropout"
     if spec.bias and (spec.windowed or spec.mask):
         return "bias and mask together"
+    if spec.scale <= 0.0:  # its CPU kernel scales after a causal mask has put -inf, and -inf · -1 is +inf
+        return "scale that is not positive"
     if spec.deterministic and device.type != "cpu":
         return "deterministic backward"
     return None

@@ -76,7 +76,7 @@ _TILES: dict[str, dict[str, dict[int, TileConfig]]] = {
         "dkdv": {64: TileConfig(32, 128, 8, 3), 128: TileConfig(32, 64, 8, 2), 256: TileConfig(32, 64, 8, 2)},
     },
     "sm_100": {
-        "forward": {64: TileConfig(128, 64, 4, 3), 128: TileConfig(128, 64, 8, 3), 256: TileConfig(128, 64, 8, 2)},
+        "forward": {64: TileConfig(128, 32, 8, 3), 128: TileConfig(128, 64, 8, 3), 256: TileConfig(128, 64, 8, 2)},
         "dq": {64: TileConfig(128, 64, 8, 3), 128: TileConfig(128, 32, 8, 2), 256: TileConfig(64, 32, 8, 2)},
         "dkdv": {64: TileConfig(32, 128, 8, 3), 128: TileConfig(32, 64, 4, 2), 256: TileConfig(32, 64, 8, 2)},
     },

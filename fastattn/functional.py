@@ -159,7 +159,11 @@ def attention(
     if run.COMPOSITE:
         o, lse = run.attention(q, k, v, spec, return_lse, bias, mask, alibi_slopes, sinks, seed)
     else:
-        o, lse = attention_op((q, k, v, seed), spec, run.NAME)
+        if bias is not None and bias.dim() < 4:
+            bias = bias[(None,) * (4 - bias.dim())]
+        if mask is not None and mask.dim() < 4:
+            mask = mask[(None,) * (4 - mask.dim())]
+        o, lse = attention_op((q, k, v, bias, mask, alibi_slopes, sinks, seed, None, None), spec, run.NAME)
     return (o, lse) if return_lse else o
 
 

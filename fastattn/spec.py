@@ -31,6 +31,7 @@ class AttentionSpec:
     mask: bool = False
     alibi: bool = False
     sinks: bool = False
+    varlen: bool = False  # sequences of unequal lengths packed into (1, H, T, D)
     deterministic: bool = False  # the same bits on every run, backward included
 
     op = "attention"
@@ -56,6 +57,7 @@ class AttentionSpec:
             or self.mask
             or self.alibi
             or self.sinks
+            or self.varlen
             or self.deterministic
         )
 

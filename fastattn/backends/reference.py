@@ -10,6 +10,7 @@ from torch import Tensor
 from fastattn.reference.attention import attention as _attention
 from fastattn.reference.layer_norm import layer_norm as _layer_norm
 from fastattn.reference.softmax import softmax as _softmax
+from fastattn.reference.softmax import softmax_gradient as _softmax_gradient
 from fastattn.spec import AttentionSpec, NormSpec, SoftmaxSpec
 
 NAME = "reference"
@@ -53,3 +54,9 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, spec: Norm
 
 def softmax(x: Tensor, mask: Tensor | None, spec: SoftmaxSpec) -> Tensor:
     return _softmax(x, spec.dim, scale=spec.scale, mask=mask, causal=spec.causal, top_left=spec.top_left, log=spec.log)
+
+
+def softmax_gradient(dy: Tensor, y: Tensor, mask: Tensor | None, spec: SoftmaxSpec) -> Tensor:
+    return _softmax_gradient(
+        dy, y, mask, spec.dim, scale=spec.scale, causal=spec.causal, top_left=spec.top_left, log=spec.log
+    )

@@ -1,4 +1,8 @@
-"""fastattn::attention: (q, k, v, seed) -> (o, lse), differentiable in both outputs; seed keys the dropout, if any."""
+"""fastattn::attention: q, k, v and what acts on their scores -> (o, lse), differentiable in both outputs.
+
+Packed sequences are (1, H, T, D) with cu_seqlens. bias and mask have four dimensions, of length 1 where they broadcast;
+seed keys the dropout, if any.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,9 @@ from torch import Tensor
 from fastattn.backends import get
 from fastattn.ops.define import Definition, Operator
 from fastattn.spec import AttentionSpec
+
+INPUTS = ("q", "k", "v", "bias", "mask", "alibi_slopes", "sinks", "seed", "cu_seqlens_q", "cu_seqlens_k")
+_HAVE_GRADS = ("q", "k", "v", "bias", "alibi_slopes", "sinks")
 
 
 def output_like(q: Tensor, D_v: int) -> Tensor:
@@ -24,46 +31,70 @@ def _allocate(inputs, spec: AttentionSpec):
 
 
 def _launch(outputs, inputs, spec: AttentionSpec, backend: str):
-    get(backend).attention_forward(*outputs, *inputs, spec)
+    get(backend).attention_forward(*outputs, inputs, spec)
 
 
 def _allocate_grads(saved, wanted, spec: AttentionSpec):
-    return *(
-        output_like(saved[x], saved[x].shape[3]) if want else None for x, want in zip("qkv", wanted, strict=False)
-    ), None
+    def grad_of(name: str) -> Tensor:
+        t = saved[name]
+        return output_like(t, t.shape[3]) if name in ("q", "k", "v") else t.new_empty(t.shape)
+
+    pairs = zip(INPUTS, wanted, strict=True)
+    return tuple(grad_of(name) if want and name in _HAVE_GRADS else None for name, want in pairs)
 
 
 def _launch_backward(grad_inputs, grads, saved, spec: AttentionSpec, backend: str):
-    get(backend).attention_backward(*grad_inputs[:3], *grads, **saved, spec=spec)
+    inputs = tuple(saved[name] for name in INPUTS)
+    get(backend).attention_backward(grad_inputs, *grads, inputs, saved["o"], saved["lse"], spec)
+
+
+def _reference(inputs, spec: AttentionSpec):
+    q, k, v, *features = inputs
+    return get("reference").attention(q, k, v, spec, True, *features)
 
 
 def _encode(spec: AttentionSpec) -> tuple:
-    return spec.scale, spec.left, spec.right, spec.top_left, spec.dropout_p
+    return spec.scale, spec.left, spec.right, spec.top_left, spec.softcap, spec.dropout_p
 
 
-def _decode(
-    tensors, scale: float, left: int | None, right: int | None, top_left: bool, dropout_p: float
-) -> AttentionSpec:
+def _decode(tensors, scale, left, right, top_left, softcap, dropout_p) -> AttentionSpec:
     q, k, v = tensors["q"], tensors["k"], tensors["v"]
-    H, D, H_kv, D_v = q.shape[1], q.shape[3], k.shape[1], v.shape[3]
-    return AttentionSpec(H, H_kv, D, D_v, q.dtype, scale, left, right, top_left, dropout_p=dropout_p)
+    return AttentionSpec(
+        H=q.shape[1],
+        H_kv=k.shape[1],
+        D=q.shape[3],
+        D_v=v.shape[3],
+        dtype=q.dtype,
+        scale=scale,
+        left=left,
+        right=right,
+        top_left=top_left,
+        softcap=softcap,
+        dropout_p=dropout_p,
+        bias=tensors["bias"] is not None,
+        mask=tensors["mask"] is not None,
+        alibi=tensors["alibi_slopes"] is not None,
+        sinks=tensors["sinks"] is not None,
+        varlen=tensors["cu_seqlens_q"] is not None,
+    )
 
 
 attention = Operator(
     Definition(
         name="attention",
         function_name="AttentionFunction",
-        inputs=("q", "k", "v", "seed?"),
+        inputs=(*INPUTS[:3], *(f"{name}?" for name in INPUTS[3:])),
         outputs=("o", "lse"),
         differentiable=("o", "lse"),
-        saved=("q", "k", "v", "seed", "o", "lse"),
-        scalars="float scale, int? left, int? right, bool top_left, float dropout_p",
+        saved=(*INPUTS, "o", "lse"),
+        scalars="float scale, int? left, int? right, bool top_left, float? softcap, float dropout_p",
         encode=_encode,
         decode=_decode,
         allocate=_allocate,
         launch=_launch,
         allocate_grads=_allocate_grads,
         launch_backward=_launch_backward,
+        reference=_reference,
         batching="fold",
     )
 )

@@ -33,6 +33,13 @@ def _launch_backward(grad_inputs, grads, saved, spec: NormSpec, backend: str):
     )
 
 
+def _reference(inputs, spec: NormSpec):
+    x = inputs[0]
+    rows = x.flatten(x.dim() - spec.n_dims).float()
+    var, mean = torch.var_mean(rows, -1, correction=0)
+    return get("reference").layer_norm(*inputs, spec), mean.flatten(), torch.rsqrt(var + spec.eps).flatten()
+
+
 def _decode(tensors, eps: float, n_dims: int) -> NormSpec:
     weight, bias = (None if tensors[name] is None else tensors[name].dtype for name in ("weight", "bias"))
     return NormSpec(tensors["x"].dtype, weight, bias, eps, n_dims)
@@ -53,6 +60,7 @@ layer_norm = Operator(
         launch=_launch,
         allocate_grads=_allocate_grads,
         launch_backward=_launch_backward,
+        reference=_reference,
         batching="loop",
     )
 )

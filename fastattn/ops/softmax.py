@@ -23,6 +23,14 @@ def _launch_backward(grad_inputs, grads, saved, spec: SoftmaxSpec, backend: str)
     get(backend).softmax_backward(grad_inputs[0], grads[0], saved["y"], saved["mask"], spec)
 
 
+def _reference(inputs, spec: SoftmaxSpec):
+    return (get("reference").softmax(*inputs, spec),)
+
+
+def _reference_backward(grads, saved, spec: SoftmaxSpec):
+    return get("reference").softmax_gradient(*grads, saved["y"], saved["mask"], spec), None
+
+
 def _encode(spec: SoftmaxSpec) -> tuple:
     return spec.dim, spec.scale, spec.log, spec.causal, spec.top_left
 
@@ -47,6 +55,8 @@ softmax = Operator(
         launch=_launch,
         allocate_grads=_allocate_grads,
         launch_backward=_launch_backward,
+        reference=_reference,
+        reference_backward=_reference_backward,
         batching="prepend",
     )
 )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 
-def _visible(x: Tensor, mask: Tensor | None, causal: bool, top_left: bool) -> Tensor | None:
+def visible_entries(x: Tensor, mask: Tensor | None, causal: bool, top_left: bool) -> Tensor | None:
     """Which entries are visible: bool, broadcastable to x; None: all. Causal: j <= i, or i + S_k - S_q."""
     if not causal:
         return mask
@@ -44,7 +44,7 @@ def softmax(
     dtype = compute_dtype or torch.promote_types(x.dtype, torch.float32)
     normalise = torch.log_softmax if log else torch.softmax
     s = x.to(dtype)
-    keep = _visible(x, mask, causal, top_left)
+    keep = visible_entries(x, mask, causal, top_left)
     if keep is None:
         return normalise(s * scale, dim).to(x.dtype)
     keep = keep.expand(x.shape)
@@ -54,3 +54,26 @@ def softmax(
     s = torch.where(keep | empty, s, -math.inf)
     y = torch.where(keep, normalise(s, dim), -math.inf if log else 0.0)
     return y.to(x.dtype)
+
+
+def softmax_gradient(
+    dy: Tensor,
+    y: Tensor,
+    mask: Tensor | None,
+    dim: int,
+    *,
+    scale: float,
+    causal: bool,
+    top_left: bool,
+    log: bool,
+) -> Tensor:
+    """dx as a function of y alone, which may be differentiated in turn; arguments as of `softmax`.
+
+    dx = scale · y · (dy − Σ dy · y),   from log y: scale · (dy − y · Σ dy); hidden entries have no part in Σ and get 0
+    """
+    dtype = torch.promote_types(y.dtype, torch.float32)
+    keep = visible_entries(y, mask, causal, top_left)
+    p = y.to(dtype).exp() if log else y.to(dtype)
+    dy = dy.to(dtype) if keep is None else torch.where(keep, dy.to(dtype), 0.0)
+    dx = dy - p * dy.sum(dim, keepdim=True) if log else p * (dy - (dy * p).sum(dim, keepdim=True))
+    return (dx * scale).to(y.dtype)

@@ -19,7 +19,7 @@ COMPOSITE = False
 
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"  # read once: triton.jit decides at decoration
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 576
 
 
 def available(device: torch.device) -> str | None:
@@ -61,14 +61,9 @@ def unsupported(spec: AttentionSpec | NormSpec | SoftmaxSpec, device: torch.devi
 
 
 def _unsupported_attention(spec: AttentionSpec) -> str | None:
-    for feature, argument in (("bias", "bias"), ("mask", "mask"), ("alibi", "alibi_slopes"), ("sinks", "sinks")):
-        if getattr(spec, feature):
-            return f"no kernel for {argument} yet"
-    if spec.softcap is not None:
-        return "no kernel for softcap yet"
     for name, width in (("head dimension of q and k", spec.D), ("head dimension of v", spec.D_v)):
-        if width % 8 != 0 or not 8 <= width <= _MAX_HEAD_DIM:
-            return f"{name} is {width} (it has multiples of 8 from 8 to {_MAX_HEAD_DIM})"
+        if not 1 <= width <= MAX_HEAD_DIM:
+            return f"{name} is {width} (it has 1 to {MAX_HEAD_DIM})"
     return None
 
 
@@ -95,33 +90,28 @@ def _on(t: Tensor):
     return torch.cuda.device_of(t)
 
 
-def attention_forward(
-    o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, seed: Tensor | None, spec: AttentionSpec
-) -> None:
+def attention_forward(o: Tensor, lse: Tensor, inputs: tuple[Tensor | None, ...], spec: AttentionSpec) -> None:
+    from fastattn.backends.triton.attention_common import Inputs
     from fastattn.backends.triton.attention_fwd import launch
 
-    with _on(q):
-        launch(o, lse, q, k, v, seed, spec)
+    with _on(o):
+        launch(o, lse, Inputs(*inputs), spec)
 
 
 def attention_backward(
-    dq,
-    dk,
-    dv,
-    do,
-    dlse,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    seed: Tensor | None,
+    grad_inputs: tuple[Tensor | None, ...],
+    do: Tensor | None,
+    dlse: Tensor | None,
+    inputs: tuple[Tensor | None, ...],
     o: Tensor,
     lse: Tensor,
     spec: AttentionSpec,
 ) -> None:
     from fastattn.backends.triton.attention_bwd import launch
+    from fastattn.backends.triton.attention_common import Grads, Inputs
 
-    with _on(q):
-        launch(dq, dk, dv, do, dlse, q, k, v, seed, o, lse, spec)
+    with _on(o):
+        launch(Grads(*grad_inputs), do, dlse, Inputs(*inputs), o, lse, spec)
 
 
 def _rows(t: Tensor, n_dims: int) -> Tensor:

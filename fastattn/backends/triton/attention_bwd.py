@@ -1,272 +1,338 @@
 """Attention backward, in two passes, each recomputing p from lse; every sum has one order, so its bits are repeatable.
 
-    delta = rowsum(o ∘ do) - dlse      dp = do vᵀ      ds = p ∘ (dp - delta)
-    dq = scale · ds k                  dk = scale · dsᵀ q                  dv = pᵀ do
+    delta = rowsum(o ∘ do) - dlse      dp = dropout(do vᵀ)     ds = p ∘ (dp - delta)     da = ds ∘ f'(a), a = q kᵀ · scale
+    dq = scale · da k                  dk = scale · daᵀ q      dv = dropout(p)ᵀ do
+    dslope = -Σ ds ∘ distance          dsink = -Σ exp(sink - lse) delta
 
-The first pass holds a tile of queries, visits the keys it sees, and writes delta and dq. The second holds a tile of
-keys and visits the queries that see it, over all heads of its group, and writes dk and dv. A gradient of lse enters
-through delta alone, since ∂lse_i / ∂s_ij = p_ij. Shapes as in the forward; do (B, H, S_q, D_v), delta (B, H, S_q) fp32.
+The first pass holds a tile of queries, visits the keys it sees, and writes delta, dq and its part of the gradients of
+slopes and sinks. The second holds a tile of keys and visits the queries that see it, over all heads of its group, and
+writes dk and dv. A gradient of lse enters through delta alone, since ∂lse_i / ∂s_ij = p_ij. The gradient of a bias is
+attention_bwd_bias.py. Shapes as in the forward; do (B, H, S_q, D_v), delta (B, H, S_q) fp32.
 Source: Dao, "FlashAttention-2" (2023), algorithm 2.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastattn.backends.triton.attention_common import dropout_arguments, strides, window_arguments
-from fastattn.backends.triton.blocks.block_range import key_range, query_range
-from fastattn.backends.triton.blocks.dropout import dropout_factor
-from fastattn.backends.triton.blocks.features import Dropout, Features, Score, Window
-from fastattn.backends.triton.blocks.mask import finite_or_zero, visible
-from fastattn.backends.triton.blocks.score import apply_score, score_factor, score_gradient
-from fastattn.backends.triton.blocks.softmax import load_lse, probability
-from fastattn.backends.triton.blocks.tile import dot, load_tile, offsets, store_tile
-from fastattn.backends.triton.configs import arch_of, backward_config, dot_precision
+from fastattn.backends.triton.attention_bwd_bias import run_dbias
+from fastattn.backends.triton.attention_common import (
+    Grads,
+    Inputs,
+    constants,
+    matrix_strides,
+    score_arguments,
+    sequence_arguments,
+    strides,
+    tile_arguments,
+)
+from fastattn.backends.triton.blocks.block_range import key_range, listed, query_range, tile_at
+from fastattn.backends.triton.blocks.dropout import dropout_factor, head_dropout
+from fastattn.backends.triton.blocks.features import Dropout
+from fastattn.backends.triton.blocks.mask import finite_or_zero, head_window, hide, visible, window_of
+from fastattn.backends.triton.blocks.score import apply_score, distance, head_score, score_factor, scores_of
+from fastattn.backends.triton.blocks.seqlen import head_start, locate, other_rows, own_rows
+from fastattn.backends.triton.blocks.softmax import load_lse, load_sink, probability
+from fastattn.backends.triton.blocks.tile import (
+    inner,
+    load_tile,
+    matrix,
+    next_head,
+    outer,
+    row_dot,
+    scaled,
+    store_tile,
+    zeros,
+)
+from fastattn.backends.triton.configs import TileConfig, backward_config
+from fastattn.backends.triton.mask_tiles import mask_tiles
 from fastattn.spec import AttentionSpec
 
 
 @triton.jit
 def _query_span(
-    dq, q, do, lse, delta, K, V, k_tile, v_tile, stride_kn, stride_vn,
-    m, d, d_v, n_lo, n_hi, w, score, drop,
-    D: tl.constexpr, D_V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    MASKED: tl.constexpr, F: tl.constexpr, DOT: tl.constexpr,
+    dq, dslope, q, do, lse, delta, k_rows, v_rows, m, i_lo, i_hi, spans, w, score, drop,
+    D: tl.constexpr, D_V: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, SLOPE: tl.constexpr,
+    F: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """dq / scale over key tiles n_lo … n_hi - 1."""
+    """dq / scale, and with SLOPE -dslope by row, over the key tiles at places i_lo … i_hi - 1."""
     factor = score_factor(score, F)
-    for n_block in range(n_lo, n_hi):
-        n_start = n_block * BLOCK_N
+    for i in range(i_lo, i_hi):
+        n_start = tile_at(i, spans, F) * BLOCK_N
         n = n_start + tl.arange(0, BLOCK_N)
         row, col = m[:, None], n[None, :]
-        k = load_tile(K + n_start.to(tl.int64) * stride_kn, k_tile, n, d, w.S_k, D, MASKED, D != BLOCK_D)  # (N, D)
-        v = load_tile(V + n_start.to(tl.int64) * stride_vn, v_tile, n, d_v, w.S_k, D_V, MASKED, D_V != BLOCK_DV)
-        zero = tl.zeros([q.shape[0], BLOCK_N], tl.float32)
-        s = apply_score(dot(q, tl.trans(k), zero, DOT), row, col, w, score, F)  # (M, N)
+        k = load_tile(k_rows, n_start, n, w.S_k, MASKED, D)  # (N, D)
+        v = load_tile(v_rows, n_start, n, w.S_k, MASKED, D_V)  # (N, D_v)
+        s, derivative = apply_score(inner(q, k, DOT), row, col, w, score, MASKED, F)  # (M, N)
         p = probability(s, lse[:, None], factor)
-        dp = dot(do, tl.trans(v), zero, DOT) * dropout_factor(row, col, drop, F)
-        ds = score_gradient(p * (dp - delta[:, None]), s, row, col, w, score, F)
+        dp = inner(do, v, DOT) * dropout_factor(row, col, drop, F)
+        ds = p * (dp - delta[:, None])
+        keep = visible(row, col, w, F) if MASKED else None
+        if SLOPE:
+            dslope += tl.sum(hide(ds, keep) * distance(row, col, w), 1)
         if MASKED:
-            ds = tl.where(visible(row, col, w, F), ds, 0.0)
             k = finite_or_zero(k)
-        dq = dot(ds.to(k.dtype), k, dq, DOT)
-    return dq
+        dq = outer(hide(ds * derivative, keep), k, dq, DOT)
+    return dq, dslope
 
 
 @triton.jit
 def attention_backward_dq_kernel(
-    DQ, DELTA, Q, K, V, O, DO, LSE, DLSE, SEED,
+    DQ, DELTA, DSLOPES, DSINKS, Q, K, V, O, DO, LSE, DLSE,
+    CU_SEQLENS_Q, CU_SEQLENS_K, TILES, MASK, BIAS, SLOPES, SINKS, SEED,
     stride_dqb, stride_dqh, stride_dqm, stride_dqd,
     stride_qb, stride_qh, stride_qm, stride_qd,
     stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd,
     stride_ob, stride_oh, stride_om, stride_od,
     stride_dob, stride_doh, stride_dom, stride_dod,
-    stride_lb, stride_lh, stride_lm,
-    H, S_q, S_k, shift, left, right, scale, dropout_threshold, dropout_scale,
-    G: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    stride_dlse_b, stride_dlse_h, stride_dlse_m,
+    n_across, stride_tiles_b, stride_tiles_h,
+    stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n,
+    stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n,
+    stride_slope_b, stride_slope_h,
+    B, H, S_q, S_k, shift, left, right, scale, softcap, dropout_threshold, dropout_scale,
+    G: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     F: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    n_m_blocks = tl.cdiv(S_q, BLOCK_M)
-    bh = tl.program_id(0) // n_m_blocks
-    m_block = n_m_blocks - 1 - tl.program_id(0) % n_m_blocks
-    b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
-    h_kv = h // G
-    w = Window(S_q, S_k, shift, left, right)
-    score = Score(scale)
-    drop = Dropout(tl.load(SEED) if F.DROPOUT else 0, bh // H, bh % H, dropout_threshold, dropout_scale)
+    b, h, m_block = locate(tl.program_id(0), CU_SEQLENS_Q, B, H, S_q, BLOCK_M, True, F)
+    rows_q, rows_k = own_rows(b, CU_SEQLENS_Q, B, S_q, F), other_rows(b, CU_SEQLENS_K, B, S_k, F)
+    w = window_of(
+        b, rows_q.length, rows_k.length, shift, left, right, MASK, stride_mask_b, stride_mask_h, stride_mask_m,
+        stride_mask_n, F,
+    )  # fmt: skip
+    w = head_window(w, h, F)
+    scores = scores_of(
+        b, scale, softcap, SLOPES, stride_slope_b, stride_slope_h, BIAS, stride_bias_b, stride_bias_h, stride_bias_m,
+        stride_bias_n, F,
+    )  # fmt: skip
+    score = head_score(scores, h, F)
+    drop = Dropout(tl.load(SEED) if F.DROPOUT else 0, b, h, dropout_threshold, dropout_scale)
 
-    m = m_block * BLOCK_M + tl.arange(0, BLOCK_M)
-    m_tile, n_tile = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
-    d, d_v = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    m_start = (m_block * BLOCK_M).to(tl.int64)
-    O += b * stride_ob + h * stride_oh + m_start * stride_om
-    DO += b * stride_dob + h * stride_doh + m_start * stride_dom
-    o = load_tile(O, offsets(m_tile, d_v, stride_om, stride_od, F), m, d_v, S_q, D_V, True, D_V != BLOCK_DV)  # (M, D_v)
-    do = load_tile(DO, offsets(m_tile, d_v, stride_dom, stride_dod, F), m, d_v, S_q, D_V, True, D_V != BLOCK_DV)
-    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    m_start = m_block * BLOCK_M
+    m = m_start + tl.arange(0, BLOCK_M)
+    o_rows = matrix(O, rows_q, h, stride_ob, stride_oh, stride_om, stride_od, BLOCK_M, D_V, F)
+    do_rows = matrix(DO, rows_q, h, stride_dob, stride_doh, stride_dom, stride_dod, BLOCK_M, D_V, F)
+    o = load_tile(o_rows, m_start, m, w.S_q, True, D_V)  # (M, D_v)
+    do = load_tile(do_rows, m_start, m, w.S_q, True, D_V)
+    delta = row_dot(o, do)
     if DLSE is not None:
-        delta -= tl.load(DLSE + b * stride_lb + h * stride_lh + m.to(tl.int64) * stride_lm, mask=m < S_q, other=0.0)
-    tl.store(DELTA + bh.to(tl.int64) * S_q + m, delta, mask=m < S_q)
+        DLSE += rows_q.batch * stride_dlse_b + h.to(tl.int64) * stride_dlse_h + rows_q.start * stride_dlse_m
+        delta -= tl.load(DLSE + m.to(tl.int64) * stride_dlse_m, mask=m < w.S_q, other=0.0)
+    start = head_start(rows_q, h, H, S_q)
+    tl.store(DELTA + start + m, delta, mask=m < w.S_q)
+    if DSINKS is not None:
+        p_sink = probability(load_sink(SINKS, h), load_lse(LSE + start, m, w.S_q), 1.0)
+        tl.store(DSINKS + tl.program_id(0), -tl.sum(p_sink * delta, 0))
 
-    if DQ is not None:
-        lse = load_lse(LSE + bh.to(tl.int64) * S_q, m, S_q)
-        Q += b * stride_qb + h * stride_qh + m_start * stride_qm
-        K += b * stride_kb + h_kv * stride_kh
-        V += b * stride_vb + h_kv * stride_vh
-        q = load_tile(Q, offsets(m_tile, d, stride_qm, stride_qd, F), m, d, S_q, D, True, D != BLOCK_D)  # (M, D)
-        k_tile = offsets(n_tile, d, stride_kn, stride_kd, F)
-        v_tile = offsets(n_tile, d_v, stride_vn, stride_vd, F)
-        dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        n_min, n_left, n_right, n_max = key_range(m_block, w, BLOCK_M, BLOCK_N, F)
-        if F.LEFT:
-            dq = _query_span(
-                dq, q, do, lse, delta, K, V, k_tile, v_tile, stride_kn, stride_vn, m, d, d_v, n_min, n_left,
-                w, score, drop, D, D_V, BLOCK_N, BLOCK_D, BLOCK_DV, True, F, DOT,
+    if DQ is not None or DSLOPES is not None:
+        SLOPE: tl.constexpr = DSLOPES is not None
+        q_rows = matrix(Q, rows_q, h, stride_qb, stride_qh, stride_qm, stride_qd, BLOCK_M, D, F)
+        k_rows = matrix(K, rows_k, h // G, stride_kb, stride_kh, stride_kn, stride_kd, BLOCK_N, D, F)
+        v_rows = matrix(V, rows_k, h // G, stride_vb, stride_vh, stride_vn, stride_vd, BLOCK_N, D_V, F)
+        lse = load_lse(LSE + start, m, w.S_q)
+        q = load_tile(q_rows, m_start, m, w.S_q, True, D)  # (M, D)
+        dq = zeros(BLOCK_M, D)
+        dslope = tl.zeros([BLOCK_M], tl.float32)
+        if F.MASK:
+            spans = listed(TILES, n_across, stride_tiles_b, stride_tiles_h, b, h, m_block, CU_SEQLENS_Q, BLOCK_M, F)
+        else:
+            spans = key_range(m_block, w, BLOCK_M, BLOCK_N, F)
+        if F.LEFT or F.MASK:
+            dq, dslope = _query_span(
+                dq, dslope, q, do, lse, delta, k_rows, v_rows, m, spans.min, spans.left, spans, w, score, drop,
+                D, D_V, BLOCK_N, True, SLOPE, F, DOT,
             )  # fmt: skip
-        dq = _query_span(
-            dq, q, do, lse, delta, K, V, k_tile, v_tile, stride_kn, stride_vn, m, d, d_v, n_left, n_right,
-            w, score, drop, D, D_V, BLOCK_N, BLOCK_D, BLOCK_DV, False, F, DOT,
+        dq, dslope = _query_span(
+            dq, dslope, q, do, lse, delta, k_rows, v_rows, m, spans.whole, spans.right, spans, w, score, drop,
+            D, D_V, BLOCK_N, False, SLOPE, F, DOT,
         )  # fmt: skip
-        dq = _query_span(
-            dq, q, do, lse, delta, K, V, k_tile, v_tile, stride_kn, stride_vn, m, d, d_v, n_right, n_max,
-            w, score, drop, D, D_V, BLOCK_N, BLOCK_D, BLOCK_DV, True, F, DOT,
-        )  # fmt: skip
-        DQ += b * stride_dqb + h * stride_dqh + m_start * stride_dqm
-        store_tile(DQ, offsets(m_tile, d, stride_dqm, stride_dqd, F), dq * scale, m, d, S_q, D)
+        if not F.MASK:
+            dq, dslope = _query_span(
+                dq, dslope, q, do, lse, delta, k_rows, v_rows, m, spans.right, spans.max, spans, w, score, drop,
+                D, D_V, BLOCK_N, True, SLOPE, F, DOT,
+            )  # fmt: skip
+        if DQ is not None:
+            dq_rows = matrix(DQ, rows_q, h, stride_dqb, stride_dqh, stride_dqm, stride_dqd, BLOCK_M, D, F)
+            store_tile(dq_rows, m_start, scaled(dq, scale), m, w.S_q, D)
+        if DSLOPES is not None:
+            tl.store(DSLOPES + tl.program_id(0), -tl.sum(tl.where(m < w.S_q, dslope, 0.0), 0))
 
 
 @triton.jit
 def _key_span(
-    dk, dv, k, v, Q, DO, LSE, DELTA, SEED, q_tile, do_tile, stride_qh, stride_qm, stride_doh, stride_dom,
-    n, d, d_v, m_lo, m_hi, w, score, b, h_first, dropout_threshold, dropout_scale,
-    G: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    MASKED: tl.constexpr, F: tl.constexpr, DOT: tl.constexpr,
+    dk, dv, k, v, q_heads, do_heads, stride_qh, stride_doh, LSE, DELTA, S_q,
+    n, g_lo, n_heads, h_first, i_lo, i_hi, spans, w, scores, drop,
+    D: tl.constexpr, D_V: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr, F: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """dk / scale and dv over query tiles m_lo … m_hi - 1 of the G heads from h_first on.
+    """dk / scale and dv over the query tiles at places i_lo … i_hi - 1 of heads g_lo … g_lo + n_heads - 1 of a group.
 
     s, p, dp and ds are transposed, (N, M). Heads and tiles are one loop, so that loads run ahead from head to head.
     """
-    factor = score_factor(score, F)
-    for i in range(G * (m_hi - m_lo)):
-        g = i // (m_hi - m_lo)
-        m_start = (m_lo + i - g * (m_hi - m_lo)) * BLOCK_M
+    for i in range(n_heads * (i_hi - i_lo)):
+        g = i // (i_hi - i_lo)
+        m_start = tile_at(i_lo + i - g * (i_hi - i_lo), spans, F) * BLOCK_M
+        g += g_lo
         m = m_start + tl.arange(0, BLOCK_M)
         row, col = m[None, :], n[:, None]
-        drop = Dropout(tl.load(SEED) if F.DROPOUT else 0, b, h_first + g, dropout_threshold, dropout_scale)
-        Q_tile = Q + g.to(tl.int64) * stride_qh + m_start.to(tl.int64) * stride_qm
-        DO_tile = DO + g.to(tl.int64) * stride_doh + m_start.to(tl.int64) * stride_dom
-        LSE_head = LSE + g.to(tl.int64) * w.S_q
-        q = load_tile(Q_tile, q_tile, m, d, w.S_q, D, True, D != BLOCK_D)  # (M, D)
-        do = load_tile(DO_tile, do_tile, m, d_v, w.S_q, D_V, True, D_V != BLOCK_DV)  # (M, D_v)
-        lse = load_lse(LSE_head, m, w.S_q)
-        delta = tl.load(DELTA + g.to(tl.int64) * w.S_q + m, mask=m < w.S_q, other=0.0)
-        zero = tl.zeros([k.shape[0], BLOCK_M], tl.float32)
-        s = apply_score(dot(k, tl.trans(q), zero, DOT), row, col, w, score, F)  # (N, M)
-        p = probability(s, lse[None, :], factor)
-        dropped = dropout_factor(row, col, drop, F)
-        dp = dot(v, tl.trans(do), zero, DOT) * dropped
-        ds = score_gradient(p * (dp - delta[None, :]), s, row, col, w, score, F)
+        score = head_score(scores, h_first + g, F)
+        q = load_tile(next_head(q_heads, g, stride_qh), m_start, m, w.S_q, True, D)  # (M, D)
+        do = load_tile(next_head(do_heads, g, stride_doh), m_start, m, w.S_q, True, D_V)  # (M, D_v)
+        lse = load_lse(LSE + g.to(tl.int64) * S_q, m, w.S_q)
+        delta = tl.load(DELTA + g.to(tl.int64) * S_q + m, mask=m < w.S_q, other=0.0)
+        s, derivative = apply_score(inner(k, q, DOT), row, col, w, score, MASKED, F)  # (N, M)
+        p = probability(s, lse[None, :], score_factor(score, F))
+        dropped = dropout_factor(row, col, head_dropout(drop, h_first + g), F)
+        dp = inner(v, do, DOT) * dropped
+        ds = p * (dp - delta[None, :]) * derivative
         if MASKED:
             keep = visible(row, col, w, F)
             p = tl.where(keep, p, 0.0)
             ds = tl.where(keep, ds, 0.0)
             q = finite_or_zero(q)
-        dv = dot((p * dropped).to(do.dtype), do, dv, DOT)
-        dk = dot(ds.to(q.dtype), q, dk, DOT)
+        dv = outer(p * dropped, do, dv, DOT)
+        dk = outer(ds, q, dk, DOT)
     return dk, dv
 
 
 @triton.jit
 def attention_backward_dkdv_kernel(
-    DK, DV, DELTA, Q, K, V, DO, LSE, SEED,
+    DK, DV, DELTA, Q, K, V, DO, LSE, CU_SEQLENS_Q, CU_SEQLENS_K, TILES, MASK, BIAS, SLOPES, SEED,
     stride_dkb, stride_dkh, stride_dkn, stride_dkd,
     stride_dvb, stride_dvh, stride_dvn, stride_dvd,
     stride_qb, stride_qh, stride_qm, stride_qd,
     stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd,
     stride_dob, stride_doh, stride_dom, stride_dod,
-    H_kv, S_q, S_k, shift, left, right, scale, dropout_threshold, dropout_scale,
-    G: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    n_across, stride_tiles_b, stride_tiles_h,
+    stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n,
+    stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n,
+    stride_slope_b, stride_slope_h,
+    B, H_kv, S_q, S_k, shift, left, right, scale, softcap, dropout_threshold, dropout_scale,
+    G: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     F: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    n_n_blocks = tl.cdiv(S_k, BLOCK_N)
-    bh = tl.program_id(0) // n_n_blocks
-    n_block = tl.program_id(0) % n_n_blocks
-    b, h_kv = (bh // H_kv).to(tl.int64), (bh % H_kv).to(tl.int64)
-    w = Window(S_q, S_k, shift, left, right)
-    score = Score(scale)
-
-    n = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_tile, n_tile = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
-    d, d_v = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    n_start = (n_block * BLOCK_N).to(tl.int64)
-    K += b * stride_kb + h_kv * stride_kh + n_start * stride_kn
-    V += b * stride_vb + h_kv * stride_vh + n_start * stride_vn
-    k = load_tile(K, offsets(n_tile, d, stride_kn, stride_kd, F), n, d, S_k, D, True, D != BLOCK_D)  # (N, D)
-    v = load_tile(V, offsets(n_tile, d_v, stride_vn, stride_vd, F), n, d_v, S_k, D_V, True, D_V != BLOCK_DV)  # (N, D_v)
-    q_tile = offsets(m_tile, d, stride_qm, stride_qd, F)
-    do_tile = offsets(m_tile, d_v, stride_dom, stride_dod, F)
-    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-    m_min, m_left, m_right, m_max = query_range(n_block, w, BLOCK_M, BLOCK_N, F)
-
-    h_first = bh % H_kv * G
-    Q += b * stride_qb + h_first.to(tl.int64) * stride_qh
-    DO += b * stride_dob + h_first.to(tl.int64) * stride_doh
-    LSE += bh.to(tl.int64) * G * S_q
-    DELTA += bh.to(tl.int64) * G * S_q
-    if F.RIGHT:
-        dk, dv = _key_span(
-            dk, dv, k, v, Q, DO, LSE, DELTA, SEED, q_tile, do_tile, stride_qh, stride_qm, stride_doh, stride_dom,
-            n, d, d_v, m_min, m_left, w, score, bh // H_kv, h_first, dropout_threshold, dropout_scale,
-            G, D, D_V, BLOCK_M, BLOCK_D, BLOCK_DV, True, F, DOT,
-        )  # fmt: skip
-    dk, dv = _key_span(
-        dk, dv, k, v, Q, DO, LSE, DELTA, SEED, q_tile, do_tile, stride_qh, stride_qm, stride_doh, stride_dom,
-        n, d, d_v, m_left, m_right, w, score, bh // H_kv, h_first, dropout_threshold, dropout_scale,
-        G, D, D_V, BLOCK_M, BLOCK_D, BLOCK_DV, False, F, DOT,
+    b, h_kv, n_block = locate(tl.program_id(0), CU_SEQLENS_K, B, H_kv, S_k, BLOCK_N, False, F)
+    rows_q, rows_k = other_rows(b, CU_SEQLENS_Q, B, S_q, F), own_rows(b, CU_SEQLENS_K, B, S_k, F)
+    n_start = n_block * BLOCK_N
+    if F.VARLEN:
+        if n_start >= rows_k.length:
+            return
+    w = window_of(
+        b, rows_q.length, rows_k.length, shift, left, right, MASK, stride_mask_b, stride_mask_h, stride_mask_m,
+        stride_mask_n, F,
     )  # fmt: skip
-    if F.LEFT:
+    scores = scores_of(
+        b, scale, softcap, SLOPES, stride_slope_b, stride_slope_h, BIAS, stride_bias_b, stride_bias_h, stride_bias_m,
+        stride_bias_n, F,
+    )  # fmt: skip
+    h_first = h_kv * G
+    drop = Dropout(tl.load(SEED) if F.DROPOUT else 0, b, h_first, dropout_threshold, dropout_scale)
+    k_rows = matrix(K, rows_k, h_kv, stride_kb, stride_kh, stride_kn, stride_kd, BLOCK_N, D, F)
+    v_rows = matrix(V, rows_k, h_kv, stride_vb, stride_vh, stride_vn, stride_vd, BLOCK_N, D_V, F)
+    q_heads = matrix(Q, rows_q, h_first, stride_qb, stride_qh, stride_qm, stride_qd, BLOCK_M, D, F)
+    do_heads = matrix(DO, rows_q, h_first, stride_dob, stride_doh, stride_dom, stride_dod, BLOCK_M, D_V, F)
+    LSE += head_start(rows_q, h_first, H_kv * G, S_q)
+    DELTA += head_start(rows_q, h_first, H_kv * G, S_q)
+
+    n = n_start + tl.arange(0, BLOCK_N)
+    k = load_tile(k_rows, n_start, n, w.S_k, True, D)  # (N, D)
+    v = load_tile(v_rows, n_start, n, w.S_k, True, D_V)  # (N, D_v)
+    dk = zeros(BLOCK_N, D)
+    dv = zeros(BLOCK_N, D_V)
+    if F.MASK:  # each head has a list of its own
+        for g in range(G):
+            spans = listed(
+                TILES, n_across, stride_tiles_b, stride_tiles_h, b, h_first + g, n_block, CU_SEQLENS_K, BLOCK_N, F
+            )
+            dk, dv = _key_span(
+                dk, dv, k, v, q_heads, do_heads, stride_qh, stride_doh, LSE, DELTA, S_q, n, g, 1, h_first, spans.min,
+                spans.left, spans, head_window(w, h_first + g, F), scores, drop, D, D_V, BLOCK_M, True, F, DOT,
+            )  # fmt: skip
+            dk, dv = _key_span(
+                dk, dv, k, v, q_heads, do_heads, stride_qh, stride_doh, LSE, DELTA, S_q, n, g, 1, h_first, spans.whole,
+                spans.right, spans, w, scores, drop, D, D_V, BLOCK_M, False, F, DOT,
+            )  # fmt: skip
+    else:
+        spans = query_range(n_block, w, BLOCK_M, BLOCK_N, F)
+        if F.RIGHT:
+            dk, dv = _key_span(
+                dk, dv, k, v, q_heads, do_heads, stride_qh, stride_doh, LSE, DELTA, S_q, n, 0, G, h_first, spans.min,
+                spans.left, spans, w, scores, drop, D, D_V, BLOCK_M, True, F, DOT,
+            )  # fmt: skip
         dk, dv = _key_span(
-            dk, dv, k, v, Q, DO, LSE, DELTA, SEED, q_tile, do_tile, stride_qh, stride_qm, stride_doh, stride_dom,
-            n, d, d_v, m_right, m_max, w, score, bh // H_kv, h_first, dropout_threshold, dropout_scale,
-            G, D, D_V, BLOCK_M, BLOCK_D, BLOCK_DV, True, F, DOT,
+            dk, dv, k, v, q_heads, do_heads, stride_qh, stride_doh, LSE, DELTA, S_q, n, 0, G, h_first, spans.whole,
+            spans.right, spans, w, scores, drop, D, D_V, BLOCK_M, False, F, DOT,
         )  # fmt: skip
+        if F.LEFT:
+            dk, dv = _key_span(
+                dk, dv, k, v, q_heads, do_heads, stride_qh, stride_doh, LSE, DELTA, S_q, n, 0, G, h_first, spans.right,
+                spans.max, spans, w, scores, drop, D, D_V, BLOCK_M, True, F, DOT,
+            )  # fmt: skip
 
     if DK is not None:
-        DK += b * stride_dkb + h_kv * stride_dkh + n_start * stride_dkn
-        store_tile(DK, offsets(n_tile, d, stride_dkn, stride_dkd, F), dk * scale, n, d, S_k, D)
+        dk_rows = matrix(DK, rows_k, h_kv, stride_dkb, stride_dkh, stride_dkn, stride_dkd, BLOCK_N, D, F)
+        store_tile(dk_rows, n_start, scaled(dk, scale), n, w.S_k, D)
     if DV is not None:
-        DV += b * stride_dvb + h_kv * stride_dvh + n_start * stride_dvn
-        store_tile(DV, offsets(n_tile, d_v, stride_dvn, stride_dvd, F), dv, n, d_v, S_k, D_V)
+        dv_rows = matrix(DV, rows_k, h_kv, stride_dvb, stride_dvh, stride_dvn, stride_dvd, BLOCK_N, D_V, F)
+        store_tile(dv_rows, n_start, dv, n, w.S_k, D_V)
 
 
-def launch(
-    dq: Tensor | None,
-    dk: Tensor | None,
-    dv: Tensor | None,
-    do: Tensor | None,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    seed: Tensor | None,
-    o: Tensor,
-    lse: Tensor,
-    spec: AttentionSpec,
-) -> None:
+def launch(grads: Grads, do: Tensor | None, dlse: Tensor | None, x: Inputs, o: Tensor, lse: Tensor, spec) -> None:
     """Fill the gradients that are not None, from the gradients of o and lse that are not None."""
-    B, H, S_q, D = q.shape
-    H_kv, S_k, D_v = v.shape[1:]
     if do is None:
         do = o.new_zeros(()).expand(o.shape)
-    cfg = backward_config(arch_of(q.device), D, D_v, q.dtype)
-    window = window_arguments(spec, S_q, S_k)
-    constants = {
-        "G": spec.G,
-        "D": D,
-        "D_V": D_v,
-        "F": Features.of(spec, q, k, v, o, do, dq, dk, dv),
-        "DOT": dot_precision(q.dtype),
-    }
-    delta = lse.new_empty(lse.shape)
-    grid = triton.cdiv(S_q, cfg.dq.BLOCK_M) * B * H
-    if grid > 0:
-        attention_backward_dq_kernel[(grid,)](
-            dq, delta, q, k, v, o, do, lse, dlse, seed, *strides(dq), *q.stride(), *k.stride(), *v.stride(),
-            *o.stride(), *do.stride(), *strides(dlse, 3), H, S_q, S_k, *window, spec.scale, *dropout_arguments(spec),
-            **constants, **cfg.dq.launch_options(D, D_v),
+    cfg = backward_config(x.arch, spec.D, spec.D_v, spec.dtype)
+    delta = torch.empty_like(lse)
+    run_dq(grads, delta, do, dlse, x, o, lse, spec, cfg.dq)
+    if grads.k is not None or grads.v is not None:
+        run_dkdv(grads, delta, do, x, lse, spec, cfg.dkdv)
+    if grads.bias is not None:
+        run_dbias(grads.bias, delta, do, x, lse, spec, cfg.dq)
+
+
+def run_dq(grads, delta, do, dlse, x: Inputs, o, lse, spec: AttentionSpec, cfg: TileConfig) -> None:
+    """delta, dq, and the gradients of slopes and sinks."""
+    n_tiles = x.n_tiles(x.q.shape[2], cfg.BLOCK_M)
+    dslopes, dsinks = (None if g is None else lse.new_empty(n_tiles * spec.H) for g in (grads.alibi_slopes, grads.sinks))
+    if n_tiles > 0:
+        attention_backward_dq_kernel[(n_tiles * spec.H,)](
+            DQ=grads.q, DELTA=delta, DSLOPES=dslopes, DSINKS=dsinks, Q=x.q, K=x.k, V=x.v, O=o, DO=do, LSE=lse, DLSE=dlse,
+            SINKS=x.sinks, H=spec.H, **matrix_strides(dq=grads.q, q=x.q, k=x.k, v=x.v, o=o, do=do),
+            **strides("dlse_", dlse, "bhm"), **sequence_arguments(x, spec), **score_arguments(x, spec),
+            **mask_tiles(x, spec, cfg), **constants(x, spec, o, do, grads.q), **tile_arguments(cfg),
         )  # fmt: skip
-    grid = triton.cdiv(S_k, cfg.dkdv.BLOCK_N) * B * H_kv
-    if grid > 0 and not (dk is None and dv is None):
-        attention_backward_dkdv_kernel[(grid,)](
-            dk, dv, delta, q, k, v, do, lse, seed, *strides(dk), *strides(dv), *q.stride(), *k.stride(), *v.stride(),
-            *do.stride(), H_kv, S_q, S_k, *window, spec.scale, *dropout_arguments(spec),
-            **constants, **cfg.dkdv.launch_options(D, D_v),
-        )  # fmt: skip
+    for grad, parts in ((grads.alibi_slopes, dslopes), (grads.sinks, dsinks)):
+        if grad is not None:
+            grad.copy_(sum_of_parts(parts, grad.dim() == 2, x, spec, cfg.BLOCK_M))
+
+
+def run_dkdv(grads, delta, do, x: Inputs, lse, spec: AttentionSpec, cfg: TileConfig) -> None:
+    """dk and dv."""
+    grid = x.n_tiles(x.k.shape[2], cfg.BLOCK_N) * spec.H_kv
+    if grid == 0:
+        return
+    attention_backward_dkdv_kernel[(grid,)](
+        DK=grads.k, DV=grads.v, DELTA=delta, Q=x.q, K=x.k, V=x.v, DO=do, LSE=lse, H_kv=spec.H_kv,
+        **matrix_strides(dk=grads.k, dv=grads.v, q=x.q, k=x.k, v=x.v, do=do), **sequence_arguments(x, spec),
+        **score_arguments(x, spec), **mask_tiles(x, spec, cfg, by_key=True),
+        **constants(x, spec, do, grads.k, grads.v), **tile_arguments(cfg),
+    )  # fmt: skip
+
+
+def sum_of_parts(parts: Tensor, by_sequence: bool, x: Inputs, spec: AttentionSpec, BLOCK_M: int) -> Tensor:
+    """The sums by head, (H,) or (B, H), of what the programs of the first pass left, one number each."""
+    if not spec.varlen:
+        by_batch = parts.view(x.B, spec.H, -1).sum(2)
+        return by_batch if by_sequence else by_batch.sum(0)
+    slots = parts.view(spec.H, -1)
+    if not by_sequence:
+        return slots.sum(1)
+    first = x.cu_seqlens_q // BLOCK_M + torch.arange(x.B + 1, device=parts.device)  # as in blocks/seqlen.py
+    slot = torch.arange(slots.shape[1], device=parts.device)
+    own = (slot >= first[:-1, None]) & (slot < first[1:, None])  # (B, slots)
+    return torch.where(own[:, None], slots, 0.0).sum(2)
 
 
 def inspect_cases(arch: str) -> list:

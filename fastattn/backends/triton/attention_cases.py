@@ -7,14 +7,29 @@ from dataclasses import dataclass
 import torch
 
 from fastattn.backends.triton.attention_bwd import attention_backward_dkdv_kernel, attention_backward_dq_kernel
+from fastattn.backends.triton.attention_bwd_bias import attention_backward_dbias_kernel
 from fastattn.backends.triton.attention_fwd import attention_forward_kernel
 from fastattn.backends.triton.blocks.features import Features
-from fastattn.backends.triton.configs import TileConfig, backward_config, forward_config
+from fastattn.backends.triton.configs import Columns, TileConfig, backward_config, forward_config
 from fastattn.backends.triton.inspection import KernelCase
 
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-_POINTERS = {"LSE": "fp32", "DELTA": "fp32", "DLSE": "fp32", "SEED": "i64"}  # all others have the inputs' dtype
-_FLOATS = ("scale", "dropout_scale")
+_POINTERS = {  # those whose type is not that of q, k and v
+    **dict.fromkeys(("LSE", "DELTA", "DLSE", "SLOPES", "SINKS", "DSLOPES", "DSINKS"), "fp32"),
+    **dict.fromkeys(("CU_SEQLENS_Q", "CU_SEQLENS_K", "TILES"), "i32"),
+    "MASK": "u8",
+    "SEED": "i64",
+}
+_OF_FEATURE = {  # pointers that are None while the feature is off
+    "BIAS": ("BIAS",),
+    "MASK": ("MASK", "TILES"),
+    "ALIBI": ("SLOPES", "DSLOPES"),
+    "SINKS": ("SINKS", "DSINKS"),
+    "DROPOUT": ("SEED",),
+    "VARLEN": ("CU_SEQLENS_Q", "CU_SEQLENS_K"),
+}
+_FLOATS = ("scale", "softcap", "dropout_scale")
+_SIZES = ("B", "H", "H_kv", "S_q", "S_k")
 
 
 @dataclass(frozen=True)
@@ -30,19 +45,37 @@ class Variant:
     budget: str = "no_spills"
 
 
+def _features(**flags: bool) -> Features:
+    """Causal, unless said otherwise, and scaled in the score function where the launcher would do it there."""
+    added = any(flags.get(name) for name in ("BIAS", "ALIBI", "SOFTCAP"))
+    return Features(**{"RIGHT": True, "PRESCALED": added, **flags})
+
+
+_EVERYTHING = _features(
+    LEFT=True, SOFTCAP=True, BIAS=True, ALIBI=True, MASK=True, SINKS=True, DROPOUT=True, VARLEN=True
+)
+_SETS = {  # name -> (G, features, budget)
+    "full": (1, Features(), "no_spills"),
+    "causal": (1, _features(), "no_spills"),
+    "window": (1, _features(LEFT=True), "no_spills"),
+    "gqa": (4, _features(), "no_spills"),
+    "varlen": (1, _features(VARLEN=True), "no_spills"),
+    "softcap": (1, _features(SOFTCAP=True), "no_spills"),
+    "sinks": (1, _features(SINKS=True), "no_spills"),
+    "bias": (1, _features(BIAS=True, RIGHT=False), "no_spills"),
+    "dropout": (1, _features(DROPOUT=True), "no_spills"),
+    "alibi": (1, _features(ALIBI=True), "listed"),
+    "mask": (1, _features(MASK=True, RIGHT=False), "listed"),
+    "everything": (4, _EVERYTHING, "listed"),
+}
+
+
 def _variants() -> list[Variant]:
-    causal, window = Features(RIGHT=True), Features(LEFT=True, RIGHT=True)
-    dropout = Features(RIGHT=True, DROPOUT=True)
+    causal = _features()
     common = [
-        Variant(f"{name}/D{D}", D, G=G, features=features)
+        Variant(f"{name}/D{D}", D, G=G, features=features, budget=budget)
         for D in (64, 128)
-        for name, G, features in (
-            ("full", 1, Features()),
-            ("causal", 1, causal),
-            ("window", 1, window),
-            ("gqa", 4, causal),
-            ("dropout", 1, dropout),
-        )
+        for name, (G, features, budget) in _SETS.items()
     ]
     return [
         *common,
@@ -51,30 +84,34 @@ def _variants() -> list[Variant]:
         Variant("causal/D64/fp32", 64, dtype=torch.float32, features=causal, budget="listed"),
         Variant("causal/D256", 256, features=causal, budget="listed"),
         Variant("causal/D192x128", 192, 128, features=causal, budget="listed"),
+        Variant("causal/D512", 512, features=causal, budget="listed"),
+        Variant("causal/D576x512", 576, 512, features=causal, budget="listed"),
     ]
 
 
-def _case(prefix: str, kernel, variant: Variant, cfg: TileConfig) -> KernelCase:
+def _case(prefix: str, kernel, variant: Variant, cfg: TileConfig, **more: object) -> KernelCase:
     """Every stride is a multiple of 16 but the innermost, which is 1."""
-    D_v = variant.D_v or variant.D
     constexprs: dict[str, object] = {
         "G": variant.G,
-        "D": variant.D,
-        "D_V": D_v,
+        "D": Columns.of(variant.D),
+        "D_V": Columns.of(variant.D_v or variant.D),
         "F": variant.features,
         "DOT": "ieee",
-        **{name: value for name, value in cfg.launch_options(variant.D, D_v).items() if name.isupper()},
+        "BLOCK_M": cfg.BLOCK_M,
+        "BLOCK_N": cfg.BLOCK_N,
         "DLSE": None,
+        **more,
     }
-    if not variant.features.DROPOUT:
-        constexprs["SEED"] = None
+    for feature, pointers in _OF_FEATURE.items():
+        if not getattr(variant.features, feature):
+            constexprs.update(dict.fromkeys(pointers))
     signature, aligned = {}, []
     for name in kernel.arg_names:
-        if name.startswith("stride_") and name.endswith("d"):
+        if name.startswith("stride_") and name.endswith(("d", "_n")):
             constexprs[name] = 1
         elif name in constexprs:
             continue
-        elif name.isupper() and name != "H":
+        elif name.isupper() and name not in _SIZES:
             signature[name] = f"*{_POINTERS.get(name, _TYPES[variant.dtype])}"
             aligned.append(name)
         elif name in _FLOATS:
@@ -108,4 +145,8 @@ def backward_cases(arch: str) -> list[KernelCase]:
         cfg = backward_config(arch, v.D, v.D_v or v.D, v.dtype)
         cases.append(_case("attention_bwd_dq", attention_backward_dq_kernel, v, cfg.dq))
         cases.append(_case("attention_bwd_dkdv", attention_backward_dkdv_kernel, v, cfg.dkdv))
+        if v.features.BIAS:
+            cases.append(
+                _case("attention_bwd_dbias", attention_backward_dbias_kernel, v, cfg.dq, REDUCE_M=False, REDUCE_N=False)
+            )
     return cases

@@ -1,153 +1,171 @@
 """Attention forward: one program makes one tile of o, reading the keys its rows see once, in order.
 
-    s = f(q kᵀ) (M, N);   p = exp(s - row_max);   o = p v / row_sum;   lse = row_max + log row_sum
+    s = f(q kᵀ) (M, N);   p = exp(s - row_max);   o = dropout(p) v / row_sum;   lse = row_max + log row_sum
 
 q (B, H, S_q, D), k (B, H_kv, S_k, D), v (B, H_kv, S_k, D_v), any strides; o (B, H, S_q, D_v); lse (B, H, S_q) fp32.
-Source: Dao, "FlashAttention-2" (2023), algorithm 1.
+Packed sequences are (1, H, T, D) with cu_seqlens. Source: Dao, "FlashAttention-2" (2023), algorithm 1.
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastattn.backends.triton.attention_common import dropout_arguments, window_arguments
-from fastattn.backends.triton.blocks.block_range import key_range
+from fastattn.backends.triton.attention_common import (
+    Inputs,
+    constants,
+    matrix_strides,
+    score_arguments,
+    sequence_arguments,
+    tile_arguments,
+)
+from fastattn.backends.triton.blocks.block_range import key_range, listed, tile_at
 from fastattn.backends.triton.blocks.constants import NEG_INF
 from fastattn.backends.triton.blocks.dropout import dropout_factor
-from fastattn.backends.triton.blocks.features import Dropout, Features, Score, Window
-from fastattn.backends.triton.blocks.mask import add_infinity, finite_or_zero, has_non_finite, visible
-from fastattn.backends.triton.blocks.score import apply_score, score_factor
+from fastattn.backends.triton.blocks.features import Dropout
+from fastattn.backends.triton.blocks.mask import (
+    add_infinity,
+    finite_or_zero,
+    has_non_finite,
+    head_window,
+    visible,
+    window_of,
+)
+from fastattn.backends.triton.blocks.score import apply_score, head_score, score_factor, scores_of
+from fastattn.backends.triton.blocks.seqlen import head_start, locate, other_rows, own_rows
 from fastattn.backends.triton.blocks.softmax import finish_softmax, online_softmax
-from fastattn.backends.triton.blocks.tile import dot, load_tile, offsets, store_tile
-from fastattn.backends.triton.configs import arch_of, dot_precision, forward_config
+from fastattn.backends.triton.blocks.tile import inner, load_tile, matrix, outer, scaled, store_tile, zeros
+from fastattn.backends.triton.configs import forward_config
+from fastattn.backends.triton.mask_tiles import mask_tiles
 from fastattn.spec import AttentionSpec
 
 
 @triton.jit
 def _forward_span(
-    acc, row_max, row_sum, non_finite, q, K, V, k_tile, v_tile, stride_kn, stride_vn,
-    m, d, d_v, n_lo, n_hi, w, score, drop,
-    D: tl.constexpr, D_V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    MASKED: tl.constexpr, F: tl.constexpr, DOT: tl.constexpr,
+    acc, row_max, row_sum, non_finite, q, k_rows, v_rows, m, i_lo, i_hi, spans, w, score, drop,
+    D: tl.constexpr, D_V: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, F: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Key tiles n_lo … n_hi - 1, of which all entries are visible unless MASKED.
+    """The key tiles at places i_lo … i_hi - 1, of which all entries are visible unless MASKED.
 
     A masked tile adds only what is finite in v, and `non_finite` counts the tiles in which something was not.
     """
     factor = score_factor(score, F)
-    for n_block in range(n_lo, n_hi):
-        n_start = n_block * BLOCK_N
+    for i in range(i_lo, i_hi):
+        n_start = tile_at(i, spans, F) * BLOCK_N
         n = n_start + tl.arange(0, BLOCK_N)
         row, col = m[:, None], n[None, :]
-        k = load_tile(K + n_start.to(tl.int64) * stride_kn, k_tile, n, d, w.S_k, D, MASKED, D != BLOCK_D)  # (N, D)
-        s = dot(q, tl.trans(k), tl.zeros([q.shape[0], BLOCK_N], tl.float32), DOT)  # (M, N)
-        s = apply_score(s, row, col, w, score, F)
+        k = load_tile(k_rows, n_start, n, w.S_k, MASKED, D)  # (N, D)
+        s, _ = apply_score(inner(q, k, DOT), row, col, w, score, MASKED, F)  # (M, N)
         if MASKED:
             s = tl.where(visible(row, col, w, F), s, NEG_INF)
         p, rescale, row_max, row_sum = online_softmax(s, row_max, row_sum, factor)
         p = p * dropout_factor(row, col, drop, F)
-        v = load_tile(V + n_start.to(tl.int64) * stride_vn, v_tile, n, d_v, w.S_k, D_V, MASKED, D_V != BLOCK_DV)
-        if MASKED and (F.LEFT or F.RIGHT):
+        v = load_tile(v_rows, n_start, n, w.S_k, MASKED, D_V)  # (N, D_v)
+        if MASKED and (F.LEFT or F.RIGHT or F.MASK):
             non_finite += has_non_finite(v)
             v = finite_or_zero(v)
-        acc = dot(p.to(v.dtype), v, acc * rescale[:, None], DOT)
+        acc = outer(p, v, scaled(acc, rescale[:, None]), DOT)
     return acc, row_max, row_sum, non_finite
 
 
 @triton.jit
 def _restore_non_finite(
-    acc, V, v_tile, stride_vn, m, d_v, n_min, n_max, w,
-    D_V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_DV: tl.constexpr, F: tl.constexpr, DOT: tl.constexpr,
-):  # fmt: skip
+    acc, v_rows, m, i_lo, i_hi, spans, w, D_V: tl.constexpr, BLOCK_N: tl.constexpr, F: tl.constexpr, DOT: tl.constexpr
+):
     """Give each row the non-finite values that it sees and masked tiles left out: inf in one turn, -inf in the next.
 
     A NaN comes in both, and inf - inf is NaN. Twice changes nothing, so unmasked tiles may come again. Rare, hence
     small rather than fast.
     """
-    for i in tl.range(0, 2 * (n_max - n_min), num_stages=1):
-        n_start = (n_min + i // 2) * BLOCK_N
+    for i in tl.range(0, 2 * (i_hi - i_lo), num_stages=1):
+        n_start = tile_at(i_lo + i // 2, spans, F) * BLOCK_N
         n = n_start + tl.arange(0, BLOCK_N)
-        v = load_tile(V + n_start.to(tl.int64) * stride_vn, v_tile, n, d_v, w.S_k, D_V, True, D_V != BLOCK_DV)
+        v = load_tile(v_rows, n_start, n, w.S_k, True, D_V)
         acc = add_infinity(acc, v, visible(m[:, None], n[None, :], w, F), 1.0 - 2.0 * (i % 2), DOT)
     return acc
 
 
 @triton.jit
 def attention_forward_kernel(
-    Q, K, V, O, LSE, SEED,
+    Q, K, V, O, LSE, CU_SEQLENS_Q, CU_SEQLENS_K, TILES, MASK, BIAS, SLOPES, SINKS, SEED,
     stride_qb, stride_qh, stride_qm, stride_qd,
     stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd,
     stride_ob, stride_oh, stride_om, stride_od,
-    H, S_q, S_k, shift, left, right, scale, dropout_threshold, dropout_scale,
-    G: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    n_across, stride_tiles_b, stride_tiles_h,
+    stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n,
+    stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n,
+    stride_slope_b, stride_slope_h,
+    B, H, S_q, S_k, shift, left, right, scale, softcap, dropout_threshold, dropout_scale,
+    G: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     F: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     # Neighbouring programs share a head, and with it K and V in L2; the longest causal rows start first.
-    n_m_blocks = tl.cdiv(S_q, BLOCK_M)
-    bh = tl.program_id(0) // n_m_blocks
-    m_block = n_m_blocks - 1 - tl.program_id(0) % n_m_blocks
-    b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
-    h_kv = h // G
-    w = Window(S_q, S_k, shift, left, right)
-    score = Score(scale)
-    drop = Dropout(tl.load(SEED) if F.DROPOUT else 0, bh // H, bh % H, dropout_threshold, dropout_scale)
+    b, h, m_block = locate(tl.program_id(0), CU_SEQLENS_Q, B, H, S_q, BLOCK_M, True, F)
+    rows_q, rows_k = own_rows(b, CU_SEQLENS_Q, B, S_q, F), other_rows(b, CU_SEQLENS_K, B, S_k, F)
+    m_start = m_block * BLOCK_M
+    if F.VARLEN:
+        if m_start >= rows_q.length:
+            return
+    w = window_of(
+        b, rows_q.length, rows_k.length, shift, left, right, MASK, stride_mask_b, stride_mask_h, stride_mask_m,
+        stride_mask_n, F,
+    )  # fmt: skip
+    w = head_window(w, h, F)
+    scores = scores_of(
+        b, scale, softcap, SLOPES, stride_slope_b, stride_slope_h, BIAS, stride_bias_b, stride_bias_h, stride_bias_m,
+        stride_bias_n, F,
+    )  # fmt: skip
+    score = head_score(scores, h, F)
+    drop = Dropout(tl.load(SEED) if F.DROPOUT else 0, b, h, dropout_threshold, dropout_scale)
+    q_rows = matrix(Q, rows_q, h, stride_qb, stride_qh, stride_qm, stride_qd, BLOCK_M, D, F)
+    k_rows = matrix(K, rows_k, h // G, stride_kb, stride_kh, stride_kn, stride_kd, BLOCK_N, D, F)
+    v_rows = matrix(V, rows_k, h // G, stride_vb, stride_vh, stride_vn, stride_vd, BLOCK_N, D_V, F)
 
-    m = m_block * BLOCK_M + tl.arange(0, BLOCK_M)
-    m_tile, n_tile = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
-    d, d_v = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    m_start = (m_block * BLOCK_M).to(tl.int64)
-    Q += b * stride_qb + h * stride_qh + m_start * stride_qm
-    K += b * stride_kb + h_kv * stride_kh
-    V += b * stride_vb + h_kv * stride_vh
-    q = load_tile(Q, offsets(m_tile, d, stride_qm, stride_qd, F), m, d, S_q, D, True, D != BLOCK_D)  # (M, D)
-    k_tile = offsets(n_tile, d, stride_kn, stride_kd, F)
-    v_tile = offsets(n_tile, d_v, stride_vn, stride_vd, F)
-
-    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    m = m_start + tl.arange(0, BLOCK_M)
+    q = load_tile(q_rows, m_start, m, w.S_q, True, D)  # (M, D)
+    acc = zeros(BLOCK_M, D_V)
     row_max = tl.full([BLOCK_M], NEG_INF, tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     non_finite = 0
-    n_min, n_left, n_right, n_max = key_range(m_block, w, BLOCK_M, BLOCK_N, F)
-    if F.LEFT:
+    if F.MASK:
+        spans = listed(TILES, n_across, stride_tiles_b, stride_tiles_h, b, h, m_block, CU_SEQLENS_Q, BLOCK_M, F)
+    else:
+        spans = key_range(m_block, w, BLOCK_M, BLOCK_N, F)
+    if F.LEFT or F.MASK:
         acc, row_max, row_sum, non_finite = _forward_span(
-            acc, row_max, row_sum, non_finite, q, K, V, k_tile, v_tile, stride_kn, stride_vn, m, d, d_v, n_min,
-            n_left, w, score, drop, D, D_V, BLOCK_N, BLOCK_D, BLOCK_DV, True, F, DOT,
+            acc, row_max, row_sum, non_finite, q, k_rows, v_rows, m, spans.min, spans.left, spans, w, score, drop,
+            D, D_V, BLOCK_N, True, F, DOT,
         )  # fmt: skip
     acc, row_max, row_sum, non_finite = _forward_span(
-        acc, row_max, row_sum, non_finite, q, K, V, k_tile, v_tile, stride_kn, stride_vn, m, d, d_v, n_left,
-        n_right, w, score, drop, D, D_V, BLOCK_N, BLOCK_D, BLOCK_DV, False, F, DOT,
+        acc, row_max, row_sum, non_finite, q, k_rows, v_rows, m, spans.whole, spans.right, spans, w, score, drop,
+        D, D_V, BLOCK_N, False, F, DOT,
     )  # fmt: skip
-    acc, row_max, row_sum, non_finite = _forward_span(
-        acc, row_max, row_sum, non_finite, q, K, V, k_tile, v_tile, stride_kn, stride_vn, m, d, d_v, n_right,
-        n_max, w, score, drop, D, D_V, BLOCK_N, BLOCK_D, BLOCK_DV, True, F, DOT,
-    )  # fmt: skip
-    if F.LEFT or F.RIGHT:
+    if not F.MASK:
+        acc, row_max, row_sum, non_finite = _forward_span(
+            acc, row_max, row_sum, non_finite, q, k_rows, v_rows, m, spans.right, spans.max, spans, w, score, drop,
+            D, D_V, BLOCK_N, True, F, DOT,
+        )  # fmt: skip
+    if F.LEFT or F.RIGHT or F.MASK:
         if non_finite > 0:
-            acc = _restore_non_finite(
-                acc, V, v_tile, stride_vn, m, d_v, n_min, n_max, w, D_V, BLOCK_N, BLOCK_DV, F, DOT
-            )
+            last = spans.left if F.MASK else spans.max
+            acc = _restore_non_finite(acc, v_rows, m, spans.min, last, spans, w, D_V, BLOCK_N, F, DOT)
 
-    o, lse = finish_softmax(acc, row_max, row_sum, score_factor(score, F))
-    O += b * stride_ob + h * stride_oh + m_start * stride_om
-    store_tile(O, offsets(m_tile, d_v, stride_om, stride_od, F), o, m, d_v, S_q, D_V)
-    tl.store(LSE + bh.to(tl.int64) * S_q + m, lse, mask=m < S_q)
+    o, lse = finish_softmax(acc, row_max, row_sum, score_factor(score, F), SINKS, h, F)
+    o_rows = matrix(O, rows_q, h, stride_ob, stride_oh, stride_om, stride_od, BLOCK_M, D_V, F)
+    store_tile(o_rows, m_start, o, m, w.S_q, D_V)
+    tl.store(LSE + head_start(rows_q, h, H, S_q) + m, lse, mask=m < w.S_q)
 
 
-def launch(o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, seed: Tensor | None, spec: AttentionSpec) -> None:
+def launch(o: Tensor, lse: Tensor, x: Inputs, spec: AttentionSpec) -> None:
     """Fill o and lse."""
-    B, H, S_q, D = q.shape
-    S_k, D_v = v.shape[2:]
-    cfg = forward_config(arch_of(q.device), D, D_v, q.dtype)
-    grid = (triton.cdiv(S_q, cfg.BLOCK_M) * B * H,)
-    if grid[0] == 0:
+    cfg = forward_config(x.arch, spec.D, spec.D_v, spec.dtype)
+    grid = x.n_tiles(x.q.shape[2], cfg.BLOCK_M) * spec.H
+    if grid == 0:
         return
-    attention_forward_kernel[grid](
-        q, k, v, o, lse, seed, *q.stride(), *k.stride(), *v.stride(), *o.stride(), H, S_q, S_k,
-        *window_arguments(spec, S_q, S_k), spec.scale, *dropout_arguments(spec),
-        G=spec.G, D=D, D_V=D_v, F=Features.of(spec, q, k, v, o), DOT=dot_precision(q.dtype),
-        **cfg.launch_options(D, D_v),
+    attention_forward_kernel[(grid,)](
+        Q=x.q, K=x.k, V=x.v, O=o, LSE=lse, SINKS=x.sinks, H=spec.H, **matrix_strides(q=x.q, k=x.k, v=x.v, o=o),
+        **sequence_arguments(x, spec), **score_arguments(x, spec), **mask_tiles(x, spec, cfg),
+        **constants(x, spec, o), **tile_arguments(cfg),
     )  # fmt: skip
 
 

@@ -6,12 +6,12 @@ away. Nothing is tuned at call time.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
 
-from fastattn.backends.triton import INTERPRET
+from fastattn.backends.triton import INTERPRET, MAX_HEAD_DIM
 
 # Shared memory one block may use, bytes: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"
 # (opt-in maximum); CDNA 3 ISA guide for gfx942.
@@ -27,13 +27,36 @@ SHARED_MEMORY = {
 }
 
 
+_SMALLEST = 16  # rows or columns of a matrix instruction
+
+
 def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def padded(D: int) -> int:
-    """Width of the tile that holds a head dimension: a power of two that a matrix instruction takes."""
-    return max(16, next_power_of_2(D))
+@dataclass(frozen=True)
+class Columns:
+    """How a row of n entries lies in a tile: one or two blocks of columns, powers of two that a matrix instruction takes.
+
+    192 = 128 + 64 and 576 = 512 + 64 in two blocks need no padding; one block of the next power of two would be mostly that.
+    """
+
+    n: int
+    first: int
+    second: int = 0  # 0: one block
+
+    @classmethod
+    @cache
+    def of(cls, n: int) -> Columns:
+        whole = max(_SMALLEST, next_power_of_2(n))
+        if n == whole or whole == _SMALLEST:
+            return cls(n, whole)
+        rest = max(_SMALLEST, next_power_of_2(n - whole // 2))
+        return cls(n, whole // 2, rest) if rest < whole // 2 else cls(n, whole)
+
+    @property
+    def width(self) -> int:
+        return self.first + self.second
 
 
 @dataclass(frozen=True)
@@ -44,9 +67,6 @@ class TileConfig:
     BLOCK_N: int
     num_warps: int
     num_stages: int
-
-    def launch_options(self, D: int, D_v: int) -> dict[str, int]:
-        return {**asdict(self), "BLOCK_D": padded(D), "BLOCK_DV": padded(D_v)}
 
     def __str__(self) -> str:
         return f"{self.BLOCK_M}x{self.BLOCK_N}, {self.num_warps} warps, {self.num_stages} stages"
@@ -66,33 +86,92 @@ class BackwardConfig:
 # kernel -> {largest padded head dimension: tile}, for 16-bit inputs
 _TILES: dict[str, dict[str, dict[int, TileConfig]]] = {
     "sm_80": {
-        "forward": {64: TileConfig(128, 64, 8, 3), 128: TileConfig(128, 32, 8, 3), 256: TileConfig(64, 32, 4, 2)},
-        "dq": {64: TileConfig(128, 32, 8, 3), 128: TileConfig(64, 64, 8, 2), 256: TileConfig(32, 32, 4, 2)},
-        "dkdv": {64: TileConfig(32, 64, 8, 3), 128: TileConfig(64, 64, 8, 2), 256: TileConfig(32, 32, 4, 2)},
+        "forward": {
+            64: TileConfig(128, 64, 8, 3),
+            128: TileConfig(128, 32, 8, 3),
+            256: TileConfig(64, 32, 4, 2),
+            MAX_HEAD_DIM: TileConfig(32, 32, 8, 1),
+        },
+        "dq": {
+            64: TileConfig(128, 32, 8, 3),
+            128: TileConfig(64, 64, 8, 2),
+            256: TileConfig(32, 32, 4, 2),
+            MAX_HEAD_DIM: TileConfig(16, 32, 8, 1),
+        },
+        "dkdv": {
+            64: TileConfig(32, 64, 8, 3),
+            128: TileConfig(64, 64, 8, 2),
+            256: TileConfig(32, 32, 4, 2),
+            MAX_HEAD_DIM: TileConfig(16, 16, 8, 1),
+        },
     },
     "sm_90": {
-        "forward": {64: TileConfig(128, 64, 8, 3), 128: TileConfig(128, 64, 8, 3), 256: TileConfig(128, 64, 8, 2)},
-        "dq": {64: TileConfig(128, 64, 8, 3), 128: TileConfig(128, 32, 8, 2), 256: TileConfig(64, 32, 8, 2)},
-        "dkdv": {64: TileConfig(32, 128, 8, 3), 128: TileConfig(32, 64, 8, 2), 256: TileConfig(32, 64, 8, 2)},
+        "forward": {
+            64: TileConfig(128, 64, 8, 3),
+            128: TileConfig(128, 64, 8, 3),
+            256: TileConfig(128, 64, 8, 2),
+            MAX_HEAD_DIM: TileConfig(64, 32, 8, 1),
+        },
+        "dq": {
+            64: TileConfig(128, 64, 8, 3),
+            128: TileConfig(128, 32, 8, 2),
+            256: TileConfig(64, 32, 8, 2),
+            MAX_HEAD_DIM: TileConfig(32, 32, 8, 1),
+        },
+        "dkdv": {
+            64: TileConfig(32, 128, 8, 3),
+            128: TileConfig(32, 64, 8, 2),
+            256: TileConfig(32, 64, 8, 2),
+            MAX_HEAD_DIM: TileConfig(32, 32, 8, 1),
+        },
     },
     "sm_100": {
-        "forward": {64: TileConfig(128, 32, 8, 3), 128: TileConfig(128, 64, 8, 3), 256: TileConfig(128, 64, 8, 2)},
-        "dq": {64: TileConfig(128, 64, 8, 3), 128: TileConfig(128, 32, 8, 2), 256: TileConfig(64, 32, 8, 2)},
-        "dkdv": {64: TileConfig(32, 128, 8, 3), 128: TileConfig(32, 64, 4, 2), 256: TileConfig(32, 64, 8, 2)},
+        "forward": {
+            64: TileConfig(128, 32, 8, 3),
+            128: TileConfig(128, 64, 8, 3),
+            256: TileConfig(128, 64, 8, 2),
+            MAX_HEAD_DIM: TileConfig(64, 32, 8, 1),
+        },
+        "dq": {
+            64: TileConfig(128, 64, 8, 3),
+            128: TileConfig(128, 32, 8, 2),
+            256: TileConfig(64, 32, 8, 2),
+            MAX_HEAD_DIM: TileConfig(32, 32, 8, 1),
+        },
+        "dkdv": {
+            64: TileConfig(32, 128, 8, 3),
+            128: TileConfig(32, 64, 4, 2),
+            256: TileConfig(32, 64, 8, 2),
+            MAX_HEAD_DIM: TileConfig(32, 32, 8, 1),
+        },
     },
     "gfx942": {
-        "forward": {64: TileConfig(128, 64, 4, 1), 128: TileConfig(128, 64, 4, 1), 256: TileConfig(64, 32, 4, 1)},
-        "dq": {64: TileConfig(64, 64, 4, 1), 128: TileConfig(64, 32, 4, 1), 256: TileConfig(32, 32, 4, 1)},
-        "dkdv": {64: TileConfig(64, 64, 4, 1), 128: TileConfig(32, 64, 4, 1), 256: TileConfig(32, 32, 4, 1)},
+        "forward": {
+            64: TileConfig(128, 64, 4, 1),
+            128: TileConfig(128, 64, 4, 1),
+            256: TileConfig(64, 32, 4, 1),
+            MAX_HEAD_DIM: TileConfig(32, 16, 8, 1),
+        },
+        "dq": {
+            64: TileConfig(64, 64, 4, 1),
+            128: TileConfig(64, 32, 4, 1),
+            256: TileConfig(32, 32, 4, 1),
+            MAX_HEAD_DIM: TileConfig(16, 16, 8, 1),
+        },
+        "dkdv": {
+            64: TileConfig(64, 64, 4, 1),
+            128: TileConfig(32, 64, 4, 1),
+            256: TileConfig(32, 32, 4, 1),
+            MAX_HEAD_DIM: TileConfig(16, 16, 8, 1),
+        },
     },
     "interpret": {  # small, and not square, so that small tests have many tiles of every kind
-        "forward": {256: TileConfig(32, 16, 4, 1)},
-        "dq": {256: TileConfig(32, 16, 4, 1)},
-        "dkdv": {256: TileConfig(16, 32, 4, 1)},
+        "forward": {MAX_HEAD_DIM: TileConfig(32, 16, 4, 1)},
+        "dq": {MAX_HEAD_DIM: TileConfig(32, 16, 4, 1)},
+        "dkdv": {MAX_HEAD_DIM: TileConfig(16, 32, 4, 1)},
     },
 }
 _LIKE = {"sm_86": "sm_80", "sm_89": "sm_80", "sm_120": "sm_80"}
-_SMALLEST = 16
 
 
 @cache
@@ -111,8 +190,8 @@ def shared_memory(kernel: str, cfg: TileConfig, D: int, D_v: int, element_size: 
     """Upper bound in bytes: what stays, and num_stages buffers of what streams through, plus one tile of p or ds."""
     m, n = cfg.BLOCK_M * element_size, cfg.BLOCK_N * element_size
     resident, streamed = (n, m) if kernel == "dkdv" else (m, n)
-    width = padded(D) + padded(D_v)
-    kept = resident * (padded(D) if kernel == "forward" else width)
+    width = Columns.of(D).width + Columns.of(D_v).width
+    kept = resident * (Columns.of(D).width if kernel == "forward" else width)
     return kept + cfg.num_stages * streamed * width + cfg.BLOCK_M * n
 
 
@@ -143,7 +222,7 @@ def fit(kernel: str, cfg: TileConfig, arch: str, D: int, D_v: int, element_size:
 
 
 def _tile(kernel: str, arch: str, D: int, D_v: int, dtype: torch.dtype) -> TileConfig:
-    width = max(padded(D), padded(D_v))
+    width = max(Columns.of(D).width, Columns.of(D_v).width)
     table = _TILES[_LIKE.get(arch, arch)][kernel]
     cfg = table[min(key for key in table if key >= width)]
     if dtype == torch.float32 and arch != "interpret":  # twice the registers for each operand

@@ -1,12 +1,27 @@
 """Which tiles a program visits, and which of them need a mask.
 
-Both functions return n_min <= n_left <= n_right <= n_max: tiles in [n_left, n_right) are visible as a whole, those in
-[n_min, n_left) and [n_right, n_max) in part, all others not at all and are never loaded. Numerators are clamped at 0
-before a division, because integer division truncates towards zero.
+`key_range` and `query_range` return n_min <= n_left <= n_right <= n_max: tiles in [n_left, n_right) are visible as a
+whole, those in [n_min, n_left) and [n_right, n_max) in part, all others not at all and are never loaded. Numerators are
+clamped at 0 before a division, because integer division truncates towards zero.
+
+With a bool mask, the kernel of mask_tiles.py has listed both kinds before: the numbers are then places in a list.
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
+
+
+class Spans(NamedTuple):
+    """The tiles of one program: [min, left) and [right, max) in part, [whole, right) as a whole."""
+
+    min: tl.tensor
+    left: tl.tensor
+    whole: tl.tensor
+    right: tl.tensor
+    max: tl.tensor
+    tiles: tl.tensor  # list of tile indices, or None: the numbers are the indices
 
 
 @triton.jit
@@ -26,7 +41,7 @@ def key_range(m_block, w, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, F: tl.co
         n_left = tl.cdiv(tl.maximum(m_hi - 1 + w.shift - w.left, 0), BLOCK_N)
     n_left = tl.minimum(tl.maximum(n_left, n_min), n_max)
     n_right = tl.minimum(tl.maximum(n_right, n_left), n_max)
-    return n_min, n_left, n_right, n_max
+    return Spans(n_min, n_left, n_left, n_right, n_max, None)
 
 
 @triton.jit
@@ -49,4 +64,25 @@ def query_range(n_block, w, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, F: tl.
         m_left = tl.cdiv(tl.maximum(n_hi - 1 - w.shift - w.right, 0), BLOCK_M)
     m_left = tl.minimum(tl.maximum(m_left, m_min), m_max)
     m_right = tl.minimum(tl.maximum(m_right, m_left), m_max)
-    return m_min, m_left, m_right, m_max
+    return Spans(m_min, m_left, m_left, m_right, m_max, None)
+
+
+@triton.jit
+def listed(TILES, n_across, stride_tiles_b, stride_tiles_h, b, h, block, CU, BLOCK: tl.constexpr, F: tl.constexpr):
+    """The spans of one strip of `mask_tiles_kernel`: n_partial, n_whole, then tiles, those in part from the front and
+    whole ones from the back."""
+    if F.VARLEN:
+        block += tl.load(CU + b) // BLOCK + b
+    tiles = TILES + (b * stride_tiles_b + h * stride_tiles_h + block).to(tl.int64) * (2 + n_across)
+    n_partial = tl.load(tiles)
+    n_whole = tl.load(tiles + 1)
+    return Spans(0, n_partial, n_across - n_whole, n_across, n_across, tiles + 2)
+
+
+@triton.jit
+def tile_at(i, spans, F: tl.constexpr):
+    """The tile at place i of a span."""
+    if F.MASK:
+        return tl.load(spans.tiles + i)
+    else:
+        return i

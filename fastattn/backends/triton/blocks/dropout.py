@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from fastattn.backends.triton.blocks.features import Dropout
+
 ROUNDS: tl.constexpr = tl.constexpr(7)  # of Philox4x32; fastattn.reference.dropout says the same
 
 
@@ -20,3 +22,9 @@ def dropout_factor(m, n, drop, F: tl.constexpr):
         return tl.where(word.to(tl.int64) >= drop.threshold, drop.scale, 0.0)
     else:
         return 1.0
+
+
+@triton.jit
+def head_dropout(drop, h):
+    """The dropout of head h of the same sequence."""
+    return Dropout(drop.seed, drop.b, h, drop.threshold, drop.scale)

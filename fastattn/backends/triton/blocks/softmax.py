@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from fastattn.backends.triton.blocks.constants import INF, LN_2, LOG2_E, NEG_INF
+from fastattn.backends.triton.blocks.tile import scaled
 
 
 @triton.jit
@@ -21,12 +22,33 @@ def online_softmax(s, row_max, row_sum, factor):
 
 
 @triton.jit
-def finish_softmax(acc, row_max, row_sum, factor):
+def add_sink(acc, row_max, row_sum, sink):
+    """One more logit, without a value, to sums whose logits are in base 2; so is the sink."""
+    new_max = tl.maximum(row_max, sink)
+    offset = tl.where(new_max == NEG_INF, 0.0, new_max)
+    rescale = tl.exp2(row_max - offset)
+    return scaled(acc, rescale[:, None]), new_max, row_sum * rescale + tl.exp2(sink - offset)
+
+
+@triton.jit
+def load_sink(SINKS, h):
+    """The sink of head h, in base 2."""
+    return tl.load(SINKS + h).to(tl.float32) * LOG2_E
+
+
+@triton.jit
+def finish_softmax(acc, row_max, row_sum, factor, SINKS, h, F: tl.constexpr):
     """-> (o, lse): o = acc / row_sum, lse = log Σ exp; a row that saw nothing has o = 0 and lse = -inf."""
+    row_max = row_max * factor
+    if F.SINKS:
+        acc, row_max, row_sum = add_sink(acc, row_max, row_sum, load_sink(SINKS, h))
     empty = row_sum == 0.0
     safe_sum = tl.where(empty, 1.0, row_sum)
-    lse = tl.where(empty, NEG_INF, (row_max * factor + tl.log2(safe_sum)) * LN_2)
-    return acc / safe_sum[:, None], lse
+    lse = tl.where(empty, NEG_INF, (row_max + tl.log2(safe_sum)) * LN_2)
+    o = ()
+    for i in tl.static_range(len(acc)):
+        o = o + (acc[i] / safe_sum[:, None],)
+    return o, lse
 
 
 @triton.jit

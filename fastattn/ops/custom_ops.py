@@ -1,0 +1,126 @@
+"""The custom ops fastattn::<name> and fastattn::<name>_backward, for compilers, dispatch modes and tensor subclasses.
+
+Where a derivative may be asked for they are the operator's autograd.Functions, which call them again below autograd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from fastattn.ops.differentiate import Tensors, no_autocast
+
+if TYPE_CHECKING:
+    from fastattn.ops.define import Operator
+
+_LIBRARY = torch.library.Library("fastattn", "FRAGMENT")
+
+
+def as_tuple(result: Any) -> Tensors:
+    return (result,) if isinstance(result, Tensor) else result
+
+
+def _as_result(outputs: Tensors) -> Any:
+    """A custom op with one output returns the tensor itself."""
+    return outputs[0] if len(outputs) == 1 else outputs
+
+
+def forward_op(op: Operator) -> torch._ops.OpOverload:
+    """(*inputs, *scalars, backend) -> outputs."""
+    d, n = op.definition, len(op.definition.inputs)
+    tensors = ", ".join(f"Tensor{'?' if name.endswith('?') else ''} {name.rstrip('?')}" for name in d.inputs)
+    schema = f"({tensors}, {d.scalars}, str backend) -> ({', '.join(['Tensor'] * len(d.outputs))})"
+
+    def parse(args):
+        inputs, (*values, backend) = args[:n], args[n:]
+        return inputs, d.decode(dict(zip(op.input_names, inputs, strict=True)), *values), backend
+
+    def kernel(*args):
+        inputs, spec, backend = parse(args)
+        with no_autocast(inputs):
+            return _as_result(op.run(inputs, spec, backend))
+
+    def fake(*args):
+        inputs, spec, _ = parse(args)
+        return _as_result(d.allocate(inputs, spec))
+
+    def differentiable(*args):
+        inputs, spec, backend = parse(args)
+        return _as_result(op.function.apply(*inputs, spec, backend))
+
+    def vmap(info, in_dims, *args):
+        def call(*inputs):
+            return as_tuple(op.custom_op(*inputs, *args[n:]))
+
+        outputs, dims = op.map_inputs(info.batch_size, in_dims[:n], call, args[:n])
+        return _as_result(outputs), _as_result(dims)
+
+    return _register(d.name, schema, kernel, fake, differentiable, vmap)
+
+
+def backward_op(op: Operator) -> torch._ops.OpOverload:
+    """(*grads, *saved, wanted, *scalars, backend) -> the gradient of each input, empty where it is not wanted."""
+    d, n_grads = op.definition, len(op.definition.outputs)
+    n = n_grads + len(d.saved)
+    tensors = ", ".join(f"Tensor? {name}" for name in (*(f"grad_{o}" for o in d.outputs), *d.saved))
+    schema = f"({tensors}, bool[] wanted, {d.scalars}, str backend) -> ({', '.join(['Tensor'] * len(d.inputs))})"
+
+    def parse(args):
+        saved, (wanted, *values, backend) = args[n_grads:n], args[n:]
+        return saved, tuple(wanted), d.decode(dict(zip(d.saved, saved, strict=True)), *values), backend
+
+    def kernel(*args):
+        saved, wanted, spec, backend = parse(args)
+        with no_autocast(saved):
+            return op.placeholders(op.run_backward(args[:n_grads], saved, wanted, spec, backend), saved)
+
+    def fake(*args):
+        saved, wanted, spec, _ = parse(args)
+        return op.placeholders(d.allocate_grads(dict(zip(d.saved, saved, strict=True)), wanted, spec), saved)
+
+    def differentiable(*args):
+        _, *rest = parse(args)
+        return op.backward_function.apply(*args[:n], *rest)
+
+    def vmap(info, in_dims, *args):
+        def call(*tensors):
+            return op.custom_backward(*tensors, *args[n:])
+
+        return op.map_backward(info.batch_size, in_dims[:n], call, args[:n])
+
+    return _register(f"{d.name}_backward", schema, kernel, fake, differentiable, vmap)
+
+
+def _register(
+    name: str, schema: str, kernel: Callable, fake: Callable, differentiable: Callable, vmap: Callable
+) -> torch._ops.OpOverload:
+    qualified = f"fastattn::{name}"
+    torch.library.define(qualified, schema, lib=_LIBRARY, tags=(torch.Tag.pt2_compliant_tag,))
+    op = getattr(torch.ops.fastattn, name).default
+
+    def autograd(keyset, *args):
+        if not _differentiated(args):
+            with torch._C._AutoDispatchBelowAutograd():
+                return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+        if torch._C._are_functorch_transforms_active():
+            raise NotImplementedError(f"{qualified}: torch.func differentiates fastattn's functions, not its custom ops.")
+        return differentiable(*args)
+
+    torch.library.register_kernel(qualified, None, kernel, lib=_LIBRARY)
+    torch.library.register_fake(qualified, fake, lib=_LIBRARY)
+    torch.library.register_vmap(qualified, vmap, lib=_LIBRARY)
+    _LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)
+    return op
+
+
+def _differentiated(args: Sequence[Any]) -> bool:
+    """Whether a gradient may be asked for, or one of `args` has a tangent."""
+    tensors = [t for t in args if isinstance(t, Tensor)]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return True
+    forward = forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled()
+    return forward and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)

@@ -12,6 +12,7 @@ from fastattn.functional import (
     log_softmax,
     scaled_dot_product_attention,
     softmax,
+    varlen_attention,
 )
 
 __version__ = "0.1.0"
@@ -27,4 +28,5 @@ __all__ = [
     "nn",
     "scaled_dot_product_attention",
     "softmax",
+    "varlen_attention",
 ]

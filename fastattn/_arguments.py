@@ -8,13 +8,15 @@ from __future__ import annotations
 import numbers
 import sys
 from collections.abc import Sequence
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastattn.errors import ArgumentError, ArgumentTypeError, UnsupportedError, kind
 from fastattn.spec import AttentionSpec, NormSpec, SoftmaxSpec
+from fastattn.tracing import is_plain
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _LARGEST_FLOAT: Any = sys.float_info.max
@@ -170,11 +172,100 @@ def same_float_dtype(
         check_same_device(fn, name, device, names[0], devices[0])
 
 
+class Sequences(NamedTuple):
+    """Where packed sequences begin and end, and how long they are at most."""
+
+    cu_seqlens_q: Tensor  # (B + 1,) int32, contiguous
+    cu_seqlens_k: Tensor
+    max_seqlen_q: int | Tensor
+    max_seqlen_k: int | Tensor
+
+    @property
+    def B(self) -> int:
+        return self.cu_seqlens_q.shape[0] - 1
+
+
+def sequences(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k) -> Sequences:
+    """The checked arguments of packed sequences; values that are on a CPU, and no compiler's, are looked at."""
+    fn = "varlen_attention"
+    for name, t, axes in (("q", q, "(T_q, H, D)"), ("k", k, "(T_k, H_kv, D)"), ("v", v, "(T_k, H_kv, D_v)")):
+        if t.dim() != 3:
+            raise ArgumentError(f"{fn}: `{name}` has shape {tuple(t.shape)}; it must have three dimensions {axes}.")
+    cu = []
+    for side, t, longest, rows in (
+        ("q", cu_seqlens_q, max_seqlen_q, q.shape[0]),
+        ("k", cu_seqlens_k, max_seqlen_k, k.shape[0]),
+    ):
+        check_cu_seqlens(fn, f"cu_seqlens_{side}", t, q.device)
+        check_max_seqlen(fn, f"max_seqlen_{side}", longest)
+        if t.is_cpu and is_plain(t):
+            check_lengths(fn, side, t, longest, rows)
+        cu.append(t.contiguous())
+    if cu[0].shape != cu[1].shape:
+        raise ArgumentError(
+            f"{fn}: `cu_seqlens_k` has {cu[1].shape[0]} entries and `cu_seqlens_q` has {cu[0].shape[0]}; "
+            "both must have one more than there are sequences."
+        )
+    return Sequences(*cu, max_seqlen_q, max_seqlen_k)
+
+
+def check_cu_seqlens(fn: str, name: str, t: Any, device: torch.device) -> None:
+    check_tensor(fn, name, t)
+    if t.dtype != torch.int32:
+        raise ArgumentTypeError(f"{fn}: `{name}` has dtype {dtype_name(t.dtype)}; it must be int32.")
+    check_same_device(fn, name, t.device, "q", device)
+    if t.dim() != 1 or t.shape[0] == 0:
+        raise ArgumentError(
+            f"{fn}: `{name}` has shape {tuple(t.shape)}; it must be (B + 1,): where each of B sequences begins, "
+            "and where the last ends."
+        )
+
+
+def check_max_seqlen(fn: str, name: str, value: Any) -> None:
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or value.is_floating_point() or value.dtype in (torch.bool, torch.complex64):
+            raise ArgumentError(
+                f"{fn}: `{name}` is a tensor of shape {tuple(value.shape)} and dtype {dtype_name(value.dtype)}; "
+                "it must be an int, or an integer tensor of one element."
+            )
+    elif not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
+        raise ArgumentTypeError(
+            f"{fn}: `{name}` is {kind(value)}; it must be an int, or an integer tensor of one element."
+        )
+    elif value < 0:
+        raise ArgumentError(f"{fn}: `{name}` is {value}; it must be 0 or more.")
+
+
+def check_lengths(fn: str, side: str, cu_seqlens: Tensor, longest: int | Tensor, rows: int) -> None:
+    """The values of cu_seqlens against T and against max_seqlen."""
+    bounds = cu_seqlens.tolist()
+    lengths = [stop - start for start, stop in pairwise(bounds)]
+    if bounds[0] != 0 or min(lengths, default=0) < 0 or bounds[-1] > rows:
+        raise ArgumentError(
+            f"{fn}: `cu_seqlens_{side}` runs from {bounds[0]} to {bounds[-1]} with a shortest sequence of "
+            f"{min(lengths, default=0)}; it must rise from 0 to at most T_{side} = {rows}."
+        )
+    if isinstance(longest, int) and longest < max(lengths, default=0):
+        raise ArgumentError(
+            f"{fn}: `max_seqlen_{side}` is {longest}; `cu_seqlens_{side}` has a sequence of {max(lengths)}."
+        )
+
+
+def packed_alignment(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> str:
+    """causal=True for packed sequences: only where both sides are known to have the same lengths."""
+    if cu_seqlens_q is not cu_seqlens_k:
+        raise ArgumentError(
+            "varlen_attention: `causal=True` is ambiguous unless `cu_seqlens_k` is the same tensor as `cu_seqlens_q`; "
+            'say causal="top_left" (row i of a sequence sees its keys up to i) or "bottom_right" (the last row sees '
+            "the last key)."
+        )
+    return "bottom_right"
+
+
 def attention_spec(
-    shapes, dtypes, devices, causal, window, scale, softcap, dropout_p, deterministic, present
+    fn, shapes, dtypes, devices, causal, window, scale, softcap, dropout_p, deterministic, present
 ) -> AttentionSpec:
-    """The first three are of q, k and v; `present` says which of (bias, mask, alibi_slopes, sinks) were given."""
-    fn = "attention"
+    """Three are of q, k and v; `present` says which of (bias, mask, alibi_slopes, sinks, cu_seqlens) were given."""
     q, k, v = shapes
     attention_shapes(fn, q, k, v)
     same_float_dtype(fn, ("q", "k", "v"), dtypes, devices)
@@ -188,7 +279,7 @@ def attention_spec(
     left, right = window_sides(fn, window)
     if is_causal:
         right = 0 if right is None else min(right, 0)
-    bias, mask, alibi, sinks = present
+    bias, mask, alibi, sinks, varlen = present
     return AttentionSpec(
         H=q[1],
         H_kv=k[1],
@@ -205,15 +296,19 @@ def attention_spec(
         mask=mask,
         alibi=alibi,
         sinks=sinks,
+        varlen=varlen,
         deterministic=deterministic,
     )
 
 
-def check_attention_features(q: Tensor, k: Tensor, bias, mask, alibi_slopes, sinks) -> None:
-    """The optional tensors of attention against the shapes of q and k."""
-    fn = "attention"
+def check_attention_features(
+    fn: str, q: Tensor, k: Tensor, bias, mask, alibi_slopes, sinks, packed: Sequences | None = None
+) -> None:
+    """The optional tensors of attention against the shapes of q and k, or of packed sequences."""
     B, H, S_q, _ = q.shape
-    S_k = k.shape[2]
+    S_k, axes = k.shape[2], "(B, H, S_q, S_k)"
+    if packed is not None:
+        B, S_q, S_k, axes = packed.B, packed.max_seqlen_q, packed.max_seqlen_k, "(B, H, max_seqlen_q, max_seqlen_k)"
     for name, t in (("bias", bias), ("mask", mask), ("alibi_slopes", alibi_slopes), ("sinks", sinks)):
         if t is None:
             continue
@@ -228,7 +323,9 @@ def check_attention_features(q: Tensor, k: Tensor, bias, mask, alibi_slopes, sin
         else:
             check_float_dtype(fn, name, t.dtype)
         if name in ("bias", "mask"):
-            check_broadcast(fn, name, t.shape, (B, H, S_q, S_k), "(B, H, S_q, S_k)")
+            sizes = zip((B, H, S_q, S_k), ((1,) * 4 + tuple(t.shape))[-4:], strict=True)  # a tensor's value is not read
+            target = tuple(own if isinstance(size, Tensor) else size for size, own in sizes)
+            check_broadcast(fn, name, t.shape, target, axes)
     if alibi_slopes is not None and alibi_slopes.shape not in ((H,), (B, H)):
         raise ArgumentError(
             f"{fn}: `alibi_slopes` has shape {tuple(alibi_slopes.shape)}; "

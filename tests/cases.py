@@ -2,12 +2,62 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
+
+
+@dataclass(frozen=True)
+class Score:
+    """A tensor option of a case: its axes, of B, H, M (queries), N (keys) and 1; what it holds, and how it lies."""
+
+    axes: str
+    fill: str = "normal"  # or one of _FILLS
+    dtype: torch.dtype | None = None  # None: float32
+    layout: str = "contiguous"  # or heads_innermost, strided
+
+    def tensor(self, case: Case, device: torch.device, seed: int = 2) -> Tensor:
+        sizes = {"B": case.B, "H": case.H, "M": case.S_q, "N": case.S_k, "1": 1}
+        generator = torch.Generator().manual_seed(seed)
+        shape = [sizes[axis] for axis in self.axes]
+        x = torch.randn(shape, generator=generator)
+        t = _FILLS[self.fill](x).to(device, *([] if self.dtype is None else [self.dtype]))
+        if self.layout == "heads_innermost":
+            t = t.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+        elif self.layout == "strided":
+            t = torch.stack([t, t], -1).flatten(-2)[..., ::2]
+        return t
+
+
+def _documents(x: Tensor) -> Tensor:
+    """True inside documents of lengths 48, 7, 33, ... on the diagonal."""
+    lengths = (48, 7, 33, 20, 30, 9) * (1 + max(x.shape[-2:]) // 147)
+    i, j = (torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[:n] for n in x.shape[-2:])
+    return (i[:, None] == j).expand(x.shape)
+
+
+def _blocks(x: Tensor) -> Tensor:
+    """Blocks of 32 by 32, of which about a third is True, and a few entries of the others."""
+    M, N = x.shape[-2:]
+    rows, columns = torch.arange(M) // 32 * 32, torch.arange(N) // 32 * 32
+    return (x[..., rows, :][..., columns] > 0.4) | (x > 2.3)
+
+
+_FILLS: dict[str, Callable[[Tensor], Tensor]] = {
+    "normal": lambda x: x,
+    "slopes": lambda x: x.abs() / 4,
+    "minus_infinity": lambda x: torch.where(x > 0.3, -math.inf, x),
+    "random_bool": lambda x: x > 0,
+    "documents": _documents,
+    "blocks": _blocks,
+    "nothing": lambda x: torch.zeros_like(x, dtype=torch.bool),
+}
 
 
 @dataclass(frozen=True)
@@ -72,9 +122,12 @@ HEADS = [
     case("gqa_of_3", 20, 20, H=6, H_kv=2, window=(7, 2)),
 ]
 WIDTHS = [
-    *(case(f"width_{D}", 17, 20, D=D, causal="bottom_right") for D in (8, 24, 40, 64, 80, 96, 128, 160, 256)),
+    *(case(f"width_{D}", 17, 20, D=D, causal="bottom_right") for D in (1, 7, 8, 24, 33, 40, 64, 80, 96, 128, 160, 256, 320, 512)),
     case("value_wider", 20, 20, D=16, D_v=40),
     case("value_narrower", 20, 20, D=64, D_v=8, causal=True),
+    case("mla_192x128", 33, 40, D=192, D_v=128, causal="bottom_right"),
+    case("mla_576x512", 20, 33, H=4, H_kv=1, D=576, D_v=512, causal="bottom_right"),
+    case("mla_576x512_bf16", 20, 33, D=576, D_v=512, dtype=BF16),
 ]
 DTYPES = [
     case(f"{name}_{dtype_name}", 50, 50, dtype=dtype, **options)
@@ -100,4 +153,63 @@ DROPOUT = [
     case("dropout_all", 20, 20, dropout_p=1.0),
 ]
 
-TRITON = [*LENGTHS, *MASKS, *HEADS, *WIDTHS, *DTYPES, *LAYOUTS, *SCALES, *DROPOUT]
+BIAS = [
+    *(
+        case(f"bias_{'x'.join(shape) or 'scalar'}", 40, 50, B=2, H=4, H_kv=2, bias=Score(shape))
+        for shape in ("BHMN", "1HMN", "BHM1", "B1MN", "B11N", "11MN", "1H11", "1111", "HMN", "MN", "N", "")
+    ),
+    case("bias_heads_innermost", 40, 50, B=2, H=4, bias=Score("1HMN", layout="heads_innermost")),
+    case("bias_strided", 35, 40, H=2, bias=Score("BHMN", layout="strided"), causal="top_left"),
+    case("bias_gqa_window", 50, 50, B=2, H=4, H_kv=2, bias=Score("1HMN"), window=(11, 5)),
+    case("bias_fp32_with_fp16", 40, 40, dtype=F16, D=32, bias=Score("BHMN", dtype=F32)),
+    case("bias_bf16", 40, 40, dtype=BF16, D=32, bias=Score("1HMN", dtype=BF16), causal=True),
+    case("bias_minus_infinity", 40, 40, bias=Score("B1MN", fill="minus_infinity")),
+]
+BOOL_MASKS = [
+    *(
+        case(f"mask_{shape}", 40, 50, B=2, H=4, H_kv=2, mask=Score(shape, fill="random_bool"))
+        for shape in ("BHMN", "1HMN", "B1MN", "B11N", "BHM1", "1111", "MN")
+    ),
+    case("mask_documents", 130, 130, mask=Score("MN", fill="documents")),
+    case("mask_documents_causal_gqa", 130, 130, H=4, H_kv=2, mask=Score("MN", fill="documents"), causal=True),
+    case("mask_blocks", 100, 130, B=2, mask=Score("BHMN", fill="blocks")),
+    case("mask_blocks_window", 130, 130, mask=Score("1HMN", fill="blocks"), window=(40, 20)),
+    case("mask_hides_everything", 40, 40, mask=Score("MN", fill="nothing")),
+    case("mask_strided", 50, 50, mask=Score("BHMN", fill="random_bool", layout="strided"), dtype=F16, D=32),
+    case("mask_no_keys", 5, 0, mask=Score("MN", fill="random_bool")),
+]
+SCORES = [
+    case("alibi", 40, 50, B=2, H=4, H_kv=2, alibi_slopes=Score("H", fill="slopes")),
+    case("alibi_by_batch_causal", 50, 50, B=2, alibi_slopes=Score("BH", fill="slopes"), causal=True),
+    case("alibi_top_left_window", 40, 60, alibi_slopes=Score("H", fill="slopes"), causal="top_left", window=(9, None)),
+    case("softcap", 40, 50, B=2, softcap=2.5),
+    case("softcap_causal_gqa", 50, 50, H=4, H_kv=2, softcap=1.0, causal=True, scale=1.0),
+    case("softcap_50_fp16", 40, 40, D=64, dtype=F16, softcap=50.0),
+    case("softcap_negative_scale", 30, 30, softcap=0.7, scale=-1.0),
+    case("sinks", 40, 50, B=2, H=4, H_kv=2, sinks=Score("H")),
+    case("sinks_causal_more_queries", 60, 20, sinks=Score("H"), causal="bottom_right"),
+    case("sinks_minus_infinity", 40, 20, sinks=Score("H", fill="minus_infinity"), causal="bottom_right"),
+    case("sinks_bf16", 40, 40, D=64, dtype=BF16, sinks=Score("H", dtype=BF16), causal=True),
+    case("sinks_no_keys", 5, 0, sinks=Score("H")),
+]
+PAIRS = [
+    case("softcap_dropout", 40, 50, B=2, softcap=1.5, dropout_p=0.2),
+    case("softcap_bias", 40, 50, softcap=1.5, bias=Score("1HMN")),
+    case("softcap_alibi_causal", 50, 50, softcap=1.5, alibi_slopes=Score("H", fill="slopes"), causal=True),
+    case("bias_dropout", 40, 50, B=2, bias=Score("1HMN"), dropout_p=0.2),
+    case("bias_mask", 40, 50, B=2, bias=Score("B11N"), mask=Score("MN", fill="random_bool")),
+    case("sinks_dropout", 40, 50, B=2, sinks=Score("H"), dropout_p=0.2),
+    case("sinks_window_top_left", 70, 30, sinks=Score("H"), window=(5, 3), causal="top_left"),
+    case("sinks_mask", 40, 50, sinks=Score("H"), mask=Score("B1MN", fill="random_bool")),
+    case("mask_dropout_gqa", 50, 50, H=4, H_kv=2, mask=Score("1HMN", fill="blocks"), dropout_p=0.3),
+    case("value_wider_sinks_alibi", 30, 40, D=24, D_v=72, sinks=Score("H"), alibi_slopes=Score("H", fill="slopes")),
+    case(
+        "everything", 70, 70, B=2, H=4, H_kv=2, D=40, D_v=24, causal=True, window=(30, None), softcap=2.0, dropout_p=0.1,
+        bias=Score("1HMN"), mask=Score("B1MN", fill="documents"), alibi_slopes=Score("BH", fill="slopes"),
+        sinks=Score("H"),
+    ),
+]  # fmt: skip
+
+TRITON = [
+    *LENGTHS, *MASKS, *HEADS, *WIDTHS, *DTYPES, *LAYOUTS, *SCALES, *DROPOUT, *BIAS, *BOOL_MASKS, *SCORES, *PAIRS
+]  # fmt: skip

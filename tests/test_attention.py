@@ -19,9 +19,9 @@ from fastattn.testing import assert_close, make_inputs
 def spec_of(q: Tensor, k: Tensor, v: Tensor, **options: Any):
     names = ("causal", "window", "scale", "softcap", "dropout_p", "deterministic")
     defaults = {"causal": False, "dropout_p": 0.0, "deterministic": False}
-    present = tuple(options.get(name) is not None for name in ("bias", "mask", "alibi_slopes", "sinks"))
+    present = tuple(options.get(name) is not None for name in ("bias", "mask", "alibi_slopes", "sinks", "cu_seqlens_q"))
     of = [tuple(getattr(t, attribute) for t in (q, k, v)) for attribute in ("shape", "dtype", "device")]
-    return _arguments.attention_spec(*of, *({**defaults, **options}.get(name) for name in names), present)
+    return _arguments.attention_spec("attention", *of, *({**defaults, **options}.get(name) for name in names), present)
 
 
 def inputs_of(case: cases.Case, device: torch.device) -> tuple[list[Tensor], Tensor, Tensor]:
@@ -34,16 +34,33 @@ def inputs_of(case: cases.Case, device: torch.device) -> tuple[list[Tensor], Ten
     return [q, k, v], do, dlse
 
 
-def run(function, inputs: list[Tensor], do: Tensor, dlse: Tensor | None, dtype: torch.dtype) -> dict[str, Tensor]:
-    """o, lse, and the gradients of <o, do> + <lse, dlse>, with everything in `dtype`."""
+def options_of(case: cases.Case, device: torch.device) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """-> (options, those of them that are differentiable tensors)."""
+    options = {
+        name: value.tensor(case, device) if isinstance(value, cases.Score) else value
+        for name, value in case.options.items()
+    }
+    return options, {name: options[name] for name in ("bias", "alibi_slopes", "sinks") if name in options}
+
+
+def run(
+    function, inputs: list[Tensor], do: Tensor, dlse: Tensor | None, dtype: torch.dtype, features=None
+) -> dict[str, Tensor]:
+    """o, lse, and the gradients of <o, do> + <lse, dlse>, with everything in `dtype`; features too in float64."""
     leaves = [t.to(dtype).detach().requires_grad_() for t in inputs]
-    o, lse = function(*leaves)
+    features = {
+        name: (t.double() if dtype == torch.float64 else t).detach().requires_grad_()
+        for name, t in (features or {}).items()
+    }
+    o, lse = function(*leaves, **features)
+    wanted = (*leaves, *features.values())
     if dlse is None:
-        grads = torch.autograd.grad(o, leaves, do.to(dtype))
+        grads = torch.autograd.grad(o, wanted, do.to(dtype))
     else:
         finite = torch.where(lse.isfinite(), dlse.to(lse.dtype), 0.0)  # a loss on lse = -inf has no finite gradient
-        grads = torch.autograd.grad((o, lse), leaves, (do.to(dtype), finite))
-    return dict(zip(("o", "lse", "dq", "dk", "dv"), (o, lse, *grads), strict=True))
+        grads = torch.autograd.grad((o, lse), wanted, (do.to(dtype), finite))
+    names = ("o", "lse", "dq", "dk", "dv", *(f"d{name}" for name in features))
+    return dict(zip(names, (o, lse, *grads), strict=True))
 
 
 def gradient_scale(exact: dict[str, Tensor], v: Tensor, do: Tensor) -> float:
@@ -57,7 +74,9 @@ def gradient_scale(exact: dict[str, Tensor], v: Tensor, do: Tensor) -> float:
     return largest * in_p
 
 
-def check(backend: str, inputs: list[Tensor], do: Tensor, dlse: Tensor | None, options: dict[str, Any]) -> None:
+def check(
+    backend: str, inputs: list[Tensor], do: Tensor, dlse: Tensor | None, options: dict[str, Any], features=None
+) -> None:
     """One call against the reference in float64 and in the inputs' own dtype."""
     dtype = inputs[0].dtype
     spec = spec_of(*inputs, **options)
@@ -67,19 +86,21 @@ def check(backend: str, inputs: list[Tensor], do: Tensor, dlse: Tensor | None, o
         seed = torch.randint(2**63 - 1, (), device=inputs[0].device)
 
     def oracle(compute_dtype):
-        def call(*leaves):
-            return reference(*leaves, spec_of(*leaves, **options), seed=seed, compute_dtype=compute_dtype)
+        def call(*leaves, **features):
+            tensors = {"bias": None, "mask": options.get("mask"), "alibi_slopes": None, "sinks": None, **features}
+            return reference(*leaves, spec_of(*leaves, **options), seed=seed, compute_dtype=compute_dtype, **tensors)
 
         return call
 
-    def tested(*leaves):
+    def tested(*leaves, **features):
         torch.manual_seed(5)
-        o = fastattn.attention(*leaves, return_lse=dlse is not None, backend=backend, **options)
+        call = {**options, **features}
+        o = fastattn.attention(*leaves, return_lse=dlse is not None, backend=backend, **call)
         return (o, None) if dlse is None else o
 
-    exact = run(oracle(torch.float64), inputs, do, dlse, torch.float64)
-    eager = run(oracle(dtype), inputs, do, dlse, dtype)
-    actual = run(tested, inputs, do, dlse, dtype)
+    exact = run(oracle(torch.float64), inputs, do, dlse, torch.float64, features)
+    eager = run(oracle(dtype), inputs, do, dlse, dtype, features)
+    actual = run(tested, inputs, do, dlse, dtype, features)
     scale = gradient_scale(exact, inputs[2], do)
     for name, t in actual.items():
         if t is not None:
@@ -88,7 +109,7 @@ def check(backend: str, inputs: list[Tensor], do: Tensor, dlse: Tensor | None, o
 
 @pytest.mark.parametrize("case", cases.TRITON, ids=str)
 def test_triton(case: cases.Case, device: torch.device):
-    check("triton", *inputs_of(case, device), case.options)
+    check("triton", *inputs_of(case, device), *options_of(case, device))
 
 
 @pytest.mark.parametrize("case", [*cases.LENGTHS, *cases.MASKS, *cases.HEADS, *cases.LAYOUTS, *cases.SCALES], ids=str)

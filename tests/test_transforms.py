@@ -6,10 +6,15 @@ import shutil
 
 import pytest
 import torch
-from torch.func import grad, jvp, vmap
+from torch.autograd import forward_ad
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 import fastattn
 from fastattn.autograd import AttentionFunction, LayerNormFunction, SoftmaxFunction
+from fastattn.reference.attention import attention as reference_attention
 from fastattn.spec import AttentionSpec, NormSpec, SoftmaxSpec
 from fastattn.testing import make_inputs
 
@@ -105,27 +110,299 @@ def test_per_sample_gradients(op, device):
     assert_near(*results)
 
 
-@EVERY_OP
-def test_forward_mode_is_refused_by_name(op, device):
-    function, inputs, name = setup(op, device)
-    with pytest.raises(NotImplementedError, match=f"{name}: forward-mode AD"):
-        jvp(function, tuple(inputs), tuple(inputs))
-    with torch.autograd.forward_ad.dual_level():
-        duals = [torch.autograd.forward_ad.make_dual(t, t) for t in inputs]
-        with pytest.raises(NotImplementedError, match=f"{name}: forward-mode AD"):
-            function(*duals)
+SMALL_QKV = ((1, 2, 2, 8), (1, 1, 3, 8), (1, 1, 3, 8))
+SMALL = {
+    "attention": SMALL_QKV,
+    "attention_lse": SMALL_QKV,
+    "layer_norm": ((2, 8), (8,), (8,)),
+    "softmax": ((1, 3, 4),),
+    "log_softmax": ((1, 3, 4),),
+}
+
+
+def curved(function, backend):
+    """A scalar loss whose gradient with respect to the output depends on the inputs."""
+
+    def loss(*inputs):
+        y = function(*inputs, backend=backend)
+        return (torch.where(y.isfinite(), y, 0.0).sin() * torch.linspace(-1, 2, y.shape[-1], device=y.device)).sum()
+
+    return loss
+
+
+def every(inputs) -> tuple[int, ...]:
+    return tuple(range(len(inputs)))
+
+
+def tangents(inputs):
+    return tuple(t.detach().cos() for t in inputs)
+
+
+def penalty(grads):
+    return sum((g.square() * torch.linspace(-1, 2, g.shape[-1], device=g.device)).sum() for g in grads)
+
+
+def squared_gradient(loss):
+    return lambda *inputs: penalty(grad(loss, every(inputs))(*inputs))
+
+
+def derivative(loss, direction):
+    return lambda *inputs: jvp(loss, inputs, direction)[1]
+
+
+def by_autograd(loss, inputs, order):
+    """The gradient of a loss, or, for each further order, of the penalty on the gradient before."""
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    y = loss(*leaves)
+    for _ in range(order - 1):
+        y = penalty(torch.autograd.grad(y, leaves, create_graph=True, materialize_grads=True))
+    return torch.autograd.grad(y, leaves, materialize_grads=True)
+
+
+def by_duals(function, inputs, direction):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(function(*map(forward_ad.make_dual, inputs, direction))).tangent
+
+
+def forward_over_reverse(loss, inputs, direction):
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(t.detach().requires_grad_(), d) for t, d in zip(inputs, direction, strict=True)]
+        grads = torch.autograd.grad(loss(*duals), duals, create_graph=True)
+        return [forward_ad.unpack_dual(g).tangent for g in grads]
+
+
+def doubled(inputs):
+    return [torch.stack([t, 2 * t]) for t in inputs]
+
+
+HIGHER = {
+    "autograd_second_order": lambda f, x: by_autograd(f, x, 2),
+    "autograd_third_order": lambda f, x: by_autograd(f, x, 3),
+    "grad_of_grad": lambda f, x: grad(squared_gradient(f), every(x))(*x),
+    "autograd_of_grad": lambda f, x: by_autograd(squared_gradient(f), x, 1),
+    "vjp_of_grad": lambda f, x: vjp(grad(f, every(x)), *x)[1](tangents(x)),
+    "jvp": lambda f, x: jvp(f, tuple(x), tangents(x)),
+    "jvp_of_jvp": lambda f, x: derivative(derivative(f, tangents(x)), tangents(x))(*x),
+    "jvp_of_grad": lambda f, x: jvp(grad(f, every(x)), tuple(x), tangents(x)),
+    "jvp_of_jvp_of_grad": lambda f, x: derivative(derivative(grad(f, every(x)), tangents(x)), tangents(x))(*x),
+    "grad_of_jvp": lambda f, x: grad(derivative(f, tangents(x)), every(x))(*x),
+    "jacfwd": lambda f, x: jacfwd(f, every(x))(*x),
+    "hessian": lambda f, x: hessian(f, every(x))(*x),
+    "jacrev_of_jacfwd": lambda f, x: jacrev(jacfwd(f))(*x),
+    "vmap_of_jvp": lambda f, x: vmap(derivative(f, tangents(x)))(*doubled(x)),
+    "vmap_of_grad_of_grad": lambda f, x: vmap(grad(squared_gradient(f), every(x)))(*doubled(x)),
+    "vmap_of_jvp_of_grad": lambda f, x: vmap(derivative(grad(f, every(x)), tangents(x)))(*doubled(x)),
+    "forward_ad": lambda f, x: by_duals(f, x, tangents(x)),
+    "forward_ad_over_reverse": lambda f, x: forward_over_reverse(f, x, tangents(x)),
+    "hvp": lambda f, x: torch.autograd.functional.hvp(f, tuple(x), tangents(x)),
+}
+
+
+def hold_to_reference(run, function, inputs):
+    """`run(loss, inputs)` of the kernels in float32 against the reference in float64."""
+    actual = run(curved(function, "triton"), inputs)
+    expected = run(curved(function, "reference"), [t.double() for t in inputs])
+    assert_near(actual, tree_map(lambda t: t.to(inputs[0].dtype), expected))
 
 
 @EVERY_OP
-def test_double_backward_is_refused_by_name(op, device):
-    function, inputs, name = setup(op, device)
+@pytest.mark.parametrize("higher", HIGHER)
+def test_higher_derivatives(op, higher, device):
+    function = OPS[op][0]
+    hold_to_reference(HIGHER[higher], function, make_inputs(*SMALL[op], device=device))
+
+
+@EVERY_OP
+def test_jacobians_of_the_output(op, device):
+    """Forward, reverse and reverse over autograd's own graph, each as one batched call."""
+    function = OPS[op][0]
+    inputs = make_inputs(*SMALL[op], device=device)
+    expected = jacrev(lambda *x: function(*x, backend="reference"), every(inputs))(*[t.double() for t in inputs])
+    expected = [t.float().nan_to_num() for t in expected]
+    for jacobian in (jacfwd, jacrev):
+        actual = jacobian(function, every(inputs))(*inputs)
+        assert_near([t.nan_to_num() for t in actual], expected)
     leaves = [t.requires_grad_() for t in inputs]
-    loss = weighted(function, "triton")(*leaves)
-    first = torch.autograd.grad(loss, leaves, create_graph=True)
-    with pytest.raises(NotImplementedError, match=f"{name}: double backward"):
-        torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
-    with pytest.raises(NotImplementedError, match=f"{name}: double backward"):
-        grad(lambda x: grad(weighted(function, "triton"))(x, *inputs[1:]).square().sum())(inputs[0])
+    y = function(*leaves)
+    basis = torch.eye(y.numel(), device=device).view(-1, *y.shape)
+    actual = vmap(lambda dy: torch.autograd.grad(y, leaves, dy))(basis)
+    assert_near([t.view_as(e).nan_to_num() for t, e in zip(actual, expected, strict=True)], expected)
+
+
+@EVERY_OP
+def test_first_gradients_with_create_graph(op, device):
+    """Asking for a graph changes nothing in what it is asked along with."""
+    function, inputs, _ = setup(op, device)
+    leaves = [t.requires_grad_() for t in inputs]
+    loss = curved(function, "triton")
+    plain = torch.autograd.grad(loss(*leaves), leaves)
+    graphed = torch.autograd.grad(loss(*leaves), leaves, create_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(plain, graphed, strict=True))
+
+
+@pytest.mark.parametrize("op", ["attention_lse", "layer_norm"])
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2), (1, 2)])
+def test_double_backward_of_some_inputs(op, wanted, device):
+    function = OPS[op][0]
+    inputs = make_inputs(*SMALL[op], device=device)
+
+    def run(loss, inputs):
+        def of_wanted(*varied):
+            values = dict(zip(wanted, varied, strict=True))
+            return loss(*(values.get(i, t) for i, t in enumerate(inputs)))
+
+        varied = [inputs[i] for i in wanted]
+        return by_autograd(of_wanted, varied, 2), jvp(of_wanted, tuple(varied), tangents(varied))
+
+    hold_to_reference(run, function, inputs)
+
+
+@pytest.mark.parametrize("higher", ["autograd_second_order", "grad_of_grad", "jvp", "jvp_of_grad"])
+def test_higher_derivatives_of_one_tensor_as_key_and_value(higher, device):
+    def self_attention(x, backend="triton"):
+        return attention(x, x, x, backend)
+
+    hold_to_reference(HIGHER[higher], self_attention, make_inputs((1, 2, 5, 8), device=device))
+
+
+@pytest.mark.parametrize("higher", ["autograd_second_order", "jvp", "jvp_of_grad"])
+def test_higher_derivatives_without_weight_and_bias(higher, device):
+    def norm(x, backend="triton"):
+        return fastattn.layer_norm(x, x.shape[-2:], backend=backend)
+
+    hold_to_reference(HIGHER[higher], norm, make_inputs((2, 3, 8), device=device))
+
+
+@pytest.mark.parametrize("higher", ["autograd_second_order", "jvp", "jvp_of_grad"])
+def test_higher_derivatives_of_rows_that_see_nothing(higher, device):
+    """S_q > S_k: the first rows see no key, o is 0 and lse −inf there; what flows back to them is not used."""
+
+    def both(q, k, v, backend="triton"):
+        o, lse = fastattn.attention(q, k, v, causal="bottom_right", return_lse=True, backend=backend)
+        return torch.cat([o, lse[..., None]], -1)
+
+    hold_to_reference(HIGHER[higher], both, make_inputs((1, 2, 6, 8), (1, 2, 3, 8), (1, 2, 3, 8), device=device))
+
+    def masked(x, backend="triton"):
+        mask = torch.arange(6, device=device) < torch.tensor([[0], [2], [6]], device=device)
+        return fastattn.log_softmax(torch.where(mask, x, torch.nan), scale=0.7, mask=mask, backend=backend)
+
+    hold_to_reference(HIGHER[higher], masked, make_inputs((2, 3, 6), device=device))
+
+
+@pytest.mark.parametrize("higher", ["autograd_second_order", "jvp", "jvp_of_grad", "vmap_of_grad_of_grad"])
+def test_higher_derivatives_with_dropout(higher, device):
+    """The recomputation drops what the kernel dropped."""
+    seed = torch.tensor(2**40 + 3, device=device)
+
+    def dropped(q, k, v, backend="triton"):
+        spec = AttentionSpec(2, 1, 8, 8, q.dtype, 0.3, dropout_p=0.4)
+        if backend == "triton":
+            return AttentionFunction.apply(q, k, v, seed, spec, backend)[0]
+        return reference_attention(q, k, v, spec, seed=seed)[0]
+
+    hold_to_reference(HIGHER[higher], dropped, make_inputs(*SMALL_QKV, device=device))
+
+
+def test_vmap_with_dropout_keeps_each_seed(device):
+    q, k, v = make_inputs((3, 1, 2, 5, 8), (1, 1, 4, 8), (1, 1, 4, 8), device=device)
+    seeds = torch.arange(3, device=device)
+    spec = AttentionSpec(2, 1, 8, 8, torch.float32, 0.3, dropout_p=0.5)
+
+    def run(q, seed):
+        return AttentionFunction.apply(q, k, v, seed, spec, "triton")[0]
+
+    assert_near(vmap(run)(q, seeds), torch.stack([run(*each) for each in zip(q, seeds, strict=True)]))
+    assert_near(vmap(run, in_dims=(0, None))(q, seeds[1]), torch.stack([run(each, seeds[1]) for each in q]))
+
+
+@EVERY_OP
+def test_double_backward_in_half_precision_under_autocast(op, device):
+    """The recomputation is in float32 in any case, and what it returns has the dtype of the input."""
+    function = OPS[op][0]
+    inputs = make_inputs(*SMALL[op], dtype=torch.bfloat16, device=device)
+    expected = by_autograd(curved(function, "triton"), inputs, 2)
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cpu"):
+        actual = by_autograd(curved(function, "triton"), inputs, 2)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+    assert [t.dtype for t in actual] == [t.dtype for t in inputs]
+    truth = by_autograd(curved(function, "reference"), [t.double() for t in inputs], 2)
+    for a, t in zip(actual, truth, strict=True):
+        assert (a - t).norm() <= 0.05 * t.norm() + 1e-3
+
+
+class Passing(TorchDispatchMode):
+    """A dispatch mode that changes nothing, but takes every call off the fast path."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+@EVERY_OP
+@pytest.mark.parametrize("higher", ["autograd_second_order", "autograd_third_order", "forward_ad"])
+def test_higher_derivatives_of_the_custom_ops(op, higher, device):
+    function = OPS[op][0]
+    inputs = make_inputs(*SMALL[op], device=device)
+
+    def run(loss, inputs):
+        with Passing():
+            return HIGHER[higher](loss, inputs)
+
+    hold_to_reference(run, function, inputs)
+
+
+@EVERY_OP
+def test_double_backward_of_tensor_subclasses(op, device):
+    function = OPS[op][0]
+    inputs = make_inputs(*SMALL[op], device=device)
+    expected = by_autograd(curved(function, "triton"), inputs, 2)
+    actual = by_autograd(curved(function, "triton"), [TwoTensor(t, t.clone()) for t in inputs], 2)
+    assert_near([t.a for t in actual], expected)
+    assert_near([t.b for t in actual], expected)
+
+
+@EVERY_OP
+def test_tangents_of_gradients_that_flow_back(op, device):
+    """A graph built outside of forward mode, given a dual gradient inside it."""
+    function = OPS[op][0]
+    inputs = make_inputs(*SMALL[op], device=device)
+
+    def run(backend, inputs):
+        leaves = [t.requires_grad_() for t in inputs]
+        y = function(*leaves, backend=backend)
+        dy = torch.linspace(-1, 1, y.numel(), dtype=y.dtype, device=device).view_as(y)
+        with forward_ad.dual_level():
+            grads = torch.autograd.grad(y, leaves, forward_ad.make_dual(dy, dy.cos()))
+            return [forward_ad.unpack_dual(g).tangent for g in grads]
+
+    assert_near(run("triton", inputs), [t.float() for t in run("reference", [t.double() for t in inputs])])
+
+
+@pytest.mark.parametrize("op", ["attention", "layer_norm", "softmax"])
+def test_bare_custom_op_is_never_silently_constant(op, device):
+    """torch.func cannot differentiate a custom op, and would give a zero tangent; plain autograd and duals can."""
+    x, *rest = opcheck_arguments(op, device)
+    operator = getattr(torch.ops.fastattn, op)
+
+    def first(x):
+        result = operator(x, *rest)
+        return result if isinstance(result, torch.Tensor) else result[0]
+
+    for transform in (lambda: jvp(first, (x,), (x,)), lambda: grad(lambda x: first(x).sum())(x)):
+        with pytest.raises(NotImplementedError, match=f"fastattn::{op}: torch.func"):
+            transform()
+    (dx,) = tangents([x])
+    leaf, dy = x.detach().requires_grad_(), torch.ones_like(first(x)).cumsum(-1)
+    pulled_back = torch.autograd.grad(first(leaf), leaf, dy)[0]
+    assert_near((by_duals(first, [x], [dx]) * dy).sum(), (pulled_back * dx).sum())
+
+
+@pytest.mark.parametrize("op", ["attention", "layer_norm"])
+def test_compiled_double_backward_is_refused(op, device):
+    function = OPS[op][0]
+    loss = torch.compile(curved(function, "triton"), fullgraph=True, backend="aot_eager")
+    with pytest.raises(RuntimeError, match="double backward"):
+        by_autograd(loss, make_inputs(*SMALL[op], device=device), 2)
 
 
 @EVERY_OP
@@ -268,8 +545,6 @@ def test_saved_tensor_hooks_and_checkpointing(device):
 
 
 def test_dispatch_modes_see_one_operator(device):
-    from torch.utils._python_dispatch import TorchDispatchMode
-
     seen = []
 
     class Recorder(TorchDispatchMode):

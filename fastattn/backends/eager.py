@@ -8,6 +8,7 @@ looked at and are finite: CPU tensors in ordinary eager mode. On a GPU a look wo
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,6 +65,8 @@ def _beyond_sdpa(spec: AttentionSpec, device: torch.device) -> str | None:
         return "sinks"
     if spec.dropout_p > 0.0:
         return "keyed dropout"
+    if spec.varlen:
+        return "packed sequences"
     if spec.bias and (spec.windowed or spec.mask):
         return "bias and mask together"
     if spec.scale <= 0.0:  # its CPU kernel scales after a causal mask has put -inf, and -inf · -1 is +inf
@@ -93,6 +96,7 @@ def attention(
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     seed: Tensor | None = None,
+    *packed: Any,
 ) -> tuple[Tensor, Tensor | None]:
     if not return_lse and q.numel() and k.numel() and v.numel():
         if spec.plain:
@@ -106,7 +110,7 @@ def attention(
                 if spec.left is None and spec.right == 0 and not spec.mask and S_q == S_k:
                     return _fused(q, k, v, spec, causal=True), None
                 return _fused(q, k, v, spec, visible_keys(spec, S_q, S_k, mask, q.device)), None
-    return reference.attention(q, k, v, spec, return_lse, bias, mask, alibi_slopes, sinks, seed)
+    return reference.attention(q, k, v, spec, return_lse, bias, mask, alibi_slopes, sinks, seed, *packed)
 
 
 def _fused(

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastattn.reference.attention import attention as _attention
+from fastattn.reference.attention import padded_attention
 from fastattn.reference.layer_norm import layer_norm as _layer_norm
 from fastattn.reference.softmax import softmax as _softmax
 from fastattn.reference.softmax import softmax_gradient as _softmax_gradient
+from fastattn.reference.softmax import softmax_tangent as _softmax_tangent
 from fastattn.spec import AttentionSpec, NormSpec, SoftmaxSpec
 
 NAME = "reference"
@@ -40,12 +44,19 @@ def attention(
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     seed: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlens: Sequence[int | Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     call: dict[str, Any] = {"bias": bias, "mask": mask, "alibi_slopes": alibi_slopes, "sinks": sinks, "seed": seed}
-    if not torch._C._is_any_autocast_enabled():
-        return _attention(q, k, v, spec, **call)
-    with torch.autocast(q.device.type, enabled=False):
-        return _attention(q, k, v, spec, **call)
+    with torch.autocast(q.device.type, enabled=False) if torch._C._is_any_autocast_enabled() else nullcontext():
+        if cu_seqlens_q is None or cu_seqlens_k is None:
+            return _attention(q, k, v, spec, **call)
+        longest = [
+            given if isinstance(given, (int, torch.SymInt)) else int(cu_seqlens.diff().amax()) if len(cu_seqlens) > 1 else 0
+            for given, cu_seqlens in zip(max_seqlens or (None, None), (cu_seqlens_q, cu_seqlens_k), strict=True)
+        ]
+        return padded_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *longest, spec, **call)
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, spec: NormSpec) -> Tensor:
@@ -53,10 +64,17 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, spec: Norm
 
 
 def softmax(x: Tensor, mask: Tensor | None, spec: SoftmaxSpec) -> Tensor:
-    return _softmax(x, spec.dim, scale=spec.scale, mask=mask, causal=spec.causal, top_left=spec.top_left, log=spec.log)
+    return _softmax(x, mask=mask, **_options(spec))
 
 
 def softmax_gradient(dy: Tensor, y: Tensor, mask: Tensor | None, spec: SoftmaxSpec) -> Tensor:
-    return _softmax_gradient(
-        dy, y, mask, spec.dim, scale=spec.scale, causal=spec.causal, top_left=spec.top_left, log=spec.log
-    )
+    return _softmax_gradient(dy, y, mask, **_options(spec))
+
+
+def softmax_tangent(dx: Tensor, y: Tensor, mask: Tensor | None, spec: SoftmaxSpec) -> Tensor:
+    return _softmax_tangent(dx, y, mask, **_options(spec))
+
+
+def _options(spec: SoftmaxSpec) -> dict[str, Any]:
+    names = ("dim", "scale", "causal", "top_left", "log")
+    return {name: getattr(spec, name) for name in names}

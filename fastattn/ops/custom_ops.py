@@ -24,7 +24,7 @@ def as_tuple(result: Any) -> Tensors:
     return (result,) if isinstance(result, Tensor) else result
 
 
-def _as_result(outputs: Tensors) -> Any:
+def _as_result(outputs: tuple) -> Any:
     """A custom op with one output returns the tensor itself."""
     return outputs[0] if len(outputs) == 1 else outputs
 
@@ -56,7 +56,7 @@ def forward_op(op: Operator) -> torch._ops.OpOverload:
         def call(*inputs):
             return as_tuple(op.custom_op(*inputs, *args[n:]))
 
-        outputs, dims = op.map_inputs(info.batch_size, in_dims[:n], call, args[:n])
+        outputs, dims = op.map(info.batch_size, in_dims[:n], call, args[:n])
         return _as_result(outputs), _as_result(dims)
 
     return _register(d.name, schema, kernel, fake, differentiable, vmap)
@@ -90,7 +90,7 @@ def backward_op(op: Operator) -> torch._ops.OpOverload:
         def call(*tensors):
             return op.custom_backward(*tensors, *args[n:])
 
-        return op.map_backward(info.batch_size, in_dims[:n], call, args[:n])
+        return op.map(info.batch_size, in_dims[:n], call, args[:n])
 
     return _register(f"{d.name}_backward", schema, kernel, fake, differentiable, vmap)
 
@@ -107,7 +107,9 @@ def _register(
             with torch._C._AutoDispatchBelowAutograd():
                 return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
         if torch._C._are_functorch_transforms_active():
-            raise NotImplementedError(f"{qualified}: torch.func differentiates fastattn's functions, not its custom ops.")
+            raise NotImplementedError(
+                f"{qualified}: torch.func differentiates fastattn's functions, not its custom ops."
+            )
         return differentiable(*args)
 
     torch.library.register_kernel(qualified, None, kernel, lib=_LIBRARY)

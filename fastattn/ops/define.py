@@ -1,4 +1,4 @@
-"""The one way an operator is built from kernels: schema, fake, derivatives, compiler, functorch and the fast eager path.
+"""The one way an operator is built from kernels: schema, fake, derivatives, compiler, functorch, fast eager path.
 
 An operator is a `Definition`: what it allocates, what fills that, and the same for its backward. From it `Operator`
 makes
@@ -10,7 +10,8 @@ makes
 
 The kernels compute the operator and its gradient. When that gradient is itself differentiated, and in forward mode,
 what is needed is computed from the inputs by the definition's `reference`, to any order: right, but unfused, which for
-attention holds S_q × S_k matrices. Nothing is spent on it before. Under torch.compile PyTorch refuses a double backward.
+attention holds S_q × S_k matrices. Nothing is spent on it before. Code that torch.compile compiled cannot be
+differentiated twice: that is PyTorch's limit.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ from torch.autograd import forward_ad
 
 from fastattn.backends import Spec
 from fastattn.ops.custom_ops import as_tuple, backward_op, forward_op
-from fastattn.ops.differentiate import Tensors, jvp, no_autocast, vjp
+from fastattn.ops.differentiate import Tensors, forward_mode, jvp, vjp, without_tangents
 from fastattn.ops.functions import eager_function, transformable_backward, transformable_function
 from fastattn.tracing import is_plain
+
+Mapped = tuple[Tensors, tuple[int, ...]]  # outputs and the dimension of each that vmap added
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,8 @@ class Definition:
     differentiable: tuple[str, ...]  # of outputs
     function_name: str
     batching: Literal["fold", "prepend", "loop"]  # how vmap adds a dimension: into dimension 0 of every tensor,
-    # before all dimensions of every tensor, or by one call per element
-    unfolded: tuple[str, ...] = ()  # tensors whose dimension 0 is another; where one is given, "fold" is "loop"
+    # before all dimensions of every tensor, or by one call per element; "fold" is "loop" for a call in which tensors
+    # have fewer than two dimensions, or differ in the size of dimension 0
     reference_backward: Callable[[Tensors, dict[str, Tensor | None], Any], Tensors] | None = None
     tangents: Callable[[Tensors, Tensors, Tensors, Any, str], Tensors] | None = None
 
@@ -107,9 +110,7 @@ class Operator:
         everything = inputs + outputs
         return tuple(everything[i] for i in self._saved_index)
 
-    def run_backward(
-        self, grads: Tensors, saved: Tensors, wanted: Sequence[bool], spec: Spec, backend: str
-    ) -> Tensors:
+    def run_backward(self, grads: Tensors, saved: Tensors, wanted: Sequence[bool], spec: Spec, backend: str) -> Tensors:
         """The gradient of each input; None where it is not wanted."""
         by_name = dict(zip(self.definition.saved, saved, strict=True))
         grad_inputs = self.definition.allocate_grads(by_name, wanted, spec)
@@ -155,41 +156,27 @@ class Operator:
         if d.tangents is None:
             by_name = dict(zip(d.outputs, jvp(lambda inputs: d.reference(inputs, spec), inputs), strict=True))
         else:
-            with no_autocast(inputs):
-                found = d.tangents(inputs, outputs, tangents, spec, backend)
+            with forward_mode(inputs):
+                primals = without_tangents(inputs), without_tangents(outputs)
+                found = d.tangents(*primals, tangents, spec, backend)
             by_name = dict(zip(d.differentiable, found, strict=True))
         return tuple(by_name[name] if name in d.differentiable else None for name in d.outputs)
 
     # ---- one more dimension, by vmap
 
-    def map_inputs(self, size: int, in_dims: Sequence[Any], call: Callable[..., Any], inputs: Sequence[Any]):
-        return self._map(size, in_dims, call, dict(zip(self.input_names, inputs, strict=True)))
-
-    def map_backward(self, size: int, in_dims: Sequence[Any], call: Callable[..., Any], tensors: Sequence[Any]):
-        """Over (grads, saved)."""
-        names = (*(f"grad_{name}" for name in self.definition.outputs), *self.definition.saved)
-        return self._map(size, in_dims, call, dict(zip(names, tensors, strict=True)))
-
-    def _map(self, size: int, in_dims: Sequence[Any], call: Callable[..., Any], tensors: dict[str, Tensor | None]):
+    def map(self, size: int, in_dims: Sequence[int | None], call: Callable, tensors: Sequence[Tensor | None]) -> Mapped:
         """Map `call` over one more dimension of `tensors`, as the definition's `batching` allows."""
         batching = self.definition.batching
-        pairs = list(zip(tensors.values(), in_dims, strict=True))
-        if batching == "loop" or batching == "fold" and not self._folds(tensors, in_dims):
-            rows = [call(*(t if dim is None else t.select(dim, i) for t, dim in pairs)) for i in range(size)]
-            outputs = tuple(torch.stack(column) for column in zip(*rows, strict=True))
-        elif batching == "prepend":
-            outputs = call(*(_lead(t, dim, size) for t, dim in pairs))
-        else:
+        pairs: list[Any] = list(zip(tensors, in_dims, strict=True))
+        if batching == "prepend":
+            outputs = call(*(None if t is None else _lead(t, dim, size) for t, dim in pairs))
+        elif batching == "fold" and _folds(tensors, in_dims):
             outputs = call(*(None if t is None else _lead(t, dim, size).flatten(0, 1) for t, dim in pairs))
             outputs = tuple(t.unflatten(0, (size, t.shape[0] // size)) for t in outputs)
+        else:
+            rows = [call(*(t if dim is None else t.select(dim, i) for t, dim in pairs)) for i in range(size)]
+            outputs = tuple(torch.stack(column) for column in zip(*rows, strict=True))
         return outputs, (0,) * len(outputs)
-
-    def _folds(self, tensors: dict[str, Tensor | None], in_dims: Sequence[Any]) -> bool:
-        """Whether every tensor has the dimension to fold into, of one size."""
-        given = [(name, t, dim) for (name, t), dim in zip(tensors.items(), in_dims, strict=True) if t is not None]
-        if any(name in self.definition.unfolded or t.dim() == (dim is not None) for name, t, dim in given):
-            return False
-        return len({t.shape[1 if dim == 0 else 0] for _, t, dim in given}) == 1
 
 
 def _transformed() -> bool:
@@ -197,8 +184,15 @@ def _transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def _lead(t: Tensor | None, dim: int | None, size: int) -> Tensor | None:
+def _folds(tensors: Sequence[Tensor | None], in_dims: Sequence[int | None]) -> bool:
+    """Whether, `in_dims` apart, each tensor has two dimensions or more, the first of one size."""
+    shapes = []
+    for t, dim in zip(tensors, in_dims, strict=True):
+        if t is not None:
+            shapes.append(t.shape if dim is None else t.shape[:dim] + t.shape[dim + 1 :])
+    return all(len(shape) > 1 for shape in shapes) and len({shape[0] for shape in shapes}) == 1
+
+
+def _lead(t: Tensor, dim: int | None, size: int) -> Tensor:
     """The mapped dimension first: (size, …); a tensor without one is repeated, at no cost in memory."""
-    if t is None:
-        return None
     return t.unsqueeze(0).expand(size, *t.shape) if dim is None else t.movedim(dim, 0)

@@ -6,7 +6,8 @@ torch.func and in forward mode.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -26,7 +27,8 @@ def vjp(f: Function, primals: Tensors, wanted: Sequence[bool], cotangents: Tenso
     """The gradient of each wanted primal, None for the others; a cotangent may be None, for zero."""
     counted = [i for i, cotangent in enumerate(cotangents) if cotangent is not None]
     if not counted or not any(wanted):
-        return tuple(torch.zeros_like(t) if t is not None and want else None for t, want in zip(primals, wanted))
+        pairs = zip(primals, wanted, strict=True)
+        return tuple(torch.zeros_like(t) if t is not None and want else None for t, want in pairs)
 
     def counted_outputs(*varied: Tensor) -> Tensors:
         values = iter(varied)
@@ -34,15 +36,28 @@ def vjp(f: Function, primals: Tensors, wanted: Sequence[bool], cotangents: Tenso
         return tuple(outputs[i] for i in counted)
 
     with no_autocast(primals):
-        _, pull_back = torch.func.vjp(counted_outputs, *(t for t, want in zip(primals, wanted, strict=True) if want))
+        varied = (t for t, want in zip(primals, wanted, strict=True) if want)
+        pull_back = torch.func.vjp(counted_outputs, *varied)[1]
         grads = iter(pull_back(tuple(cotangents[i] for i in counted)))
     return tuple(next(grads) if want else None for want in wanted)
 
 
+@contextmanager
+def forward_mode(tensors: Sequence[Tensor | None]) -> Iterator[None]:
+    """For the body of an autograd.Function's jvp: there PyTorch has forward mode off, for outer levels too."""
+    with no_autocast(tensors), forward_ad._set_fwd_grad_enabled(True):
+        yield
+
+
 def jvp(f: Function, duals: Tensors) -> Tensors:
-    """The tangent of each output, None for None. `duals` carry their tangents, as in an autograd.Function's jvp."""
-    with no_autocast(duals), forward_ad._set_fwd_grad_enabled(True):  # off there, lest the tangents get tangents
+    """The tangent of each output, None for None. `duals` carry their tangents, as what a Function saved does."""
+    with forward_mode(duals):
         return tuple(None if t is None else _tangent(t) for t in f(duals))
+
+
+def without_tangents(duals: Tensors) -> Tensors:
+    """The same tensors, without the tangents of the current level."""
+    return tuple(None if t is None else forward_ad.unpack_dual(t).primal for t in duals)
 
 
 def _tangent(dual: Tensor) -> Tensor:

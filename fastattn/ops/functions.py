@@ -79,7 +79,7 @@ def transformable_function(op: Operator) -> Function:
             def call(*inputs):
                 return op(inputs, spec, backend)
 
-            return op.map_inputs(info.batch_size, in_dims[:-2], call, inputs)
+            return op.map(info.batch_size, in_dims[:-2], call, inputs)
 
     Transformable.__name__ = op.definition.function_name
     return Transformable
@@ -127,7 +127,7 @@ def transformable_backward(op: Operator) -> Function:
             def call(*tensors):
                 return op.backward_function.apply(*tensors, *rest)
 
-            return op.map_backward(info.batch_size, in_dims[:n], call, tensors)
+            return op.map(info.batch_size, in_dims[:n], call, tensors)
 
     return TransformableBackward
 

@@ -31,6 +31,10 @@ def _reference_backward(grads, saved, spec: SoftmaxSpec):
     return get("reference").softmax_gradient(*grads, saved["y"], saved["mask"], spec), None
 
 
+def _tangents(inputs, outputs, tangents, spec: SoftmaxSpec, backend: str):
+    return (get("reference").softmax_tangent(tangents[0], *outputs, inputs[1], spec),)
+
+
 def _encode(spec: SoftmaxSpec) -> tuple:
     return spec.dim, spec.scale, spec.log, spec.causal, spec.top_left
 
@@ -57,6 +61,7 @@ softmax = Operator(
         launch_backward=_launch_backward,
         reference=_reference,
         reference_backward=_reference_backward,
+        tangents=_tangents,
         batching="prepend",
     )
 )

@@ -19,13 +19,25 @@ from fastattn.reference.dropout import dropout_keep
 from fastattn.spec import AttentionSpec
 
 
-def visible_keys(spec: AttentionSpec, S_q: int, S_k: int, mask: Tensor | None, device: torch.device) -> Tensor | None:
-    """Which key each row sees: bool, broadcastable to (B, H, S_q, S_k) and full in its last two dims; None: all."""
-    if not spec.windowed and mask is None:
+def visible_keys(
+    spec: AttentionSpec,
+    S_q: int,
+    S_k: int,
+    mask: Tensor | None,
+    device: torch.device,
+    lengths: tuple[Tensor, Tensor] | None = None,
+) -> Tensor | None:
+    """Which key each row sees: bool, broadcastable to (B, H, S_q, S_k) and full in its last two dims; None: all.
+
+    `lengths`: of queries and keys, each (B, 1, 1, 1), where sequences are padded to S_q and S_k.
+    """
+    if not spec.windowed and mask is None and lengths is None:
         return None
-    i = torch.arange(S_q, device=device)[:, None] + spec.shift(S_q, S_k)
+    n_q, n_k = lengths or (S_q, S_k)
+    i = torch.arange(S_q, device=device)[:, None]
     j = torch.arange(S_k, device=device)[None, :]
-    keep = torch.ones(S_q, S_k, dtype=torch.bool, device=device)
+    keep = (i < n_q) & (j < n_k)
+    i = i + spec.shift(n_q, n_k)
     if spec.left is not None:
         keep = keep & (j >= i - spec.left)
     if spec.right is not None:
@@ -67,12 +79,14 @@ def attention(
     seed: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
     first_b: int = 0,
+    lengths: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """o (B, H, S_q, D_v) in q's dtype and lse (B, H, S_q) in fp32 (float64 for float64 inputs).
 
     q (B, H, S_q, D), k (B, H_kv, S_k, D), v (B, H_kv, S_k, D_v); bias and mask broadcastable to (B, H, S_q, S_k);
     alibi_slopes (H,) or (B, H); sinks (H,); seed: 0-d int64, the key of dropout. The arithmetic is in `compute_dtype`,
-    by default at least fp32. `first_b` is the batch index of the first row, for the dropout of packed sequences.
+    by default at least fp32. `first_b` is the batch index of the first row, for the dropout of packed sequences;
+    `lengths` are as in `visible_keys`.
     """
     B, H, S_q, _ = q.shape
     S_k = k.shape[2]
@@ -80,7 +94,7 @@ def attention(
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if spec.G > 1:
         k, v = k.repeat_interleave(spec.G, dim=1), v.repeat_interleave(spec.G, dim=1)
-    keep = visible_keys(spec, S_q, S_k, mask, q.device)
+    keep = visible_keys(spec, S_q, S_k, mask, q.device, lengths)
 
     s = _scores(q, k, keep) * spec.scale
     if spec.softcap is not None:
@@ -89,7 +103,8 @@ def attention(
         s = s + bias.to(dtype)
     if alibi_slopes is not None:
         i, j = torch.arange(S_q, device=q.device)[:, None], torch.arange(S_k, device=q.device)[None, :]
-        s = s - alibi_slopes.to(dtype)[..., None, None] * (i + S_k - S_q - j).abs().to(dtype)
+        n_q, n_k = lengths or (S_q, S_k)
+        s = s - alibi_slopes.to(dtype)[..., None, None] * (i + n_k - n_q - j).abs().to(dtype)
     if keep is not None:
         s = torch.where(keep, s, -math.inf)
 
@@ -161,3 +176,56 @@ def varlen_attention(
     o = torch.cat([o[0].transpose(0, 1) for o, _ in (no_rows, *outputs)])
     lse = torch.cat([lse[0] for _, lse in (no_rows, *outputs)], dim=-1)
     return o, lse
+
+
+def padded_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    spec: AttentionSpec,
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    **features,
+) -> tuple[Tensor, Tensor]:
+    """`varlen_attention` without a loop and without a look at a length, for compilers and transforms.
+
+    q (1, H, T_q, D), k (1, H_kv, T_k, D), v (1, H_kv, T_k, D_v) -> o (1, H, T_q, D_v), lse (1, H, T_q): every sequence
+    is padded to the longest, at a cost of B · max_seqlen_q · max_seqlen_k scores for each head.
+    """
+    B, device = cu_seqlens_q.shape[0] - 1, q.device
+
+    def padded(t: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
+        """(1, H, T, D) -> (B, H, longest, D); what lies beyond a sequence's end is hidden later, so may be anything."""
+        if t.shape[2] == 0:
+            return t.new_zeros(B, t.shape[1], longest, t.shape[3])
+        row = cu_seqlens[:-1, None].long() + torch.arange(longest, device=device)
+        return t[0][:, row.clamp(max=t.shape[2] - 1)].transpose(0, 1)
+
+    lengths = tuple(cu.diff().long()[:, None, None, None] for cu in (cu_seqlens_q, cu_seqlens_k))
+    if mask is not None:
+        mask = mask[..., :max_seqlen_q, :max_seqlen_k]
+    if bias is not None:
+        bias = bias[..., :max_seqlen_q, :max_seqlen_k]
+    o, lse = attention(
+        padded(q, cu_seqlens_q, max_seqlen_q),
+        padded(k, cu_seqlens_k, max_seqlen_k),
+        padded(v, cu_seqlens_k, max_seqlen_k),
+        spec, bias=bias, mask=mask, lengths=lengths, **features,
+    )  # fmt: skip
+
+    T = q.shape[2]
+    if B == 0 or max_seqlen_q == 0:
+        return o.new_zeros(1, spec.H, T, spec.D_v), lse.new_full((1, spec.H, T), -math.inf)
+    t = torch.arange(T, device=device, dtype=cu_seqlens_q.dtype)
+    b = torch.searchsorted(cu_seqlens_q, t, right=True) - 1
+    packed = b < B
+    b = b.clamp(max=B - 1)
+    i = (t - cu_seqlens_q[b]).clamp(max=max_seqlen_q - 1)
+    o = torch.where(packed[:, None, None], o[b, :, i], 0.0)  # (T, H, D_v)
+    lse = torch.where(packed[:, None], lse[b, :, i], -math.inf)  # (T, H)
+    return o.transpose(0, 1)[None], lse.T[None]

@@ -57,23 +57,39 @@ def softmax(
 
 
 def softmax_gradient(
-    dy: Tensor,
-    y: Tensor,
-    mask: Tensor | None,
-    dim: int,
-    *,
-    scale: float,
-    causal: bool,
-    top_left: bool,
-    log: bool,
+    dy: Tensor, y: Tensor, mask: Tensor | None, dim: int, *, scale: float, causal: bool, top_left: bool, log: bool
 ) -> Tensor:
-    """dx as a function of y alone, which may be differentiated in turn; arguments as of `softmax`.
+    """dx from dy and y, and differentiable in both; arguments as of `softmax`.
 
     dx = scale · y · (dy − Σ dy · y),   from log y: scale · (dy − y · Σ dy); hidden entries have no part in Σ and get 0
     """
+    dy, p = _visible_part(dy, y, mask, causal, top_left, log)
+    dx = dy - p * dy.sum(dim, keepdim=True) if log else p * (dy - (p * dy).sum(dim, keepdim=True))
+    return (scale * dx).to(y.dtype)
+
+
+def softmax_tangent(
+    dx: Tensor, y: Tensor, mask: Tensor | None, dim: int, *, scale: float, causal: bool, top_left: bool, log: bool
+) -> Tensor:
+    """The change dy of y with a change dx of x, and differentiable in dx and y; arguments as of `softmax`.
+
+    dy = scale · y · (dx − Σ dx · y),   of log y: scale · (dx − Σ dx · y); hidden entries have no part in Σ and get 0
+    """
+    dx, p = _visible_part(dx, y, mask, causal, top_left, log)
+    dy = dx - (p * dx).sum(dim, keepdim=True)
+    if log:
+        keep = visible_entries(y, mask, causal, top_left)
+        dy = dy if keep is None else torch.where(keep, dy, 0.0)
+    else:
+        dy = p * dy
+    return (scale * dy).to(y.dtype)
+
+
+def _visible_part(
+    d: Tensor, y: Tensor, mask: Tensor | None, causal: bool, top_left: bool, log: bool
+) -> tuple[Tensor, Tensor]:
+    """A derivative with 0 at hidden entries, and the probabilities, both in at least fp32."""
     dtype = torch.promote_types(y.dtype, torch.float32)
     keep = visible_entries(y, mask, causal, top_left)
-    p = y.to(dtype).exp() if log else y.to(dtype)
-    dy = dy.to(dtype) if keep is None else torch.where(keep, dy.to(dtype), 0.0)
-    dx = dy - p * dy.sum(dim, keepdim=True) if log else p * (dy - (dy * p).sum(dim, keepdim=True))
-    return (dx * scale).to(y.dtype)
+    d = d.to(dtype) if keep is None else torch.where(keep, d.to(dtype), 0.0)
+    return d, y.to(dtype).exp() if log else y.to(dtype)

@@ -330,7 +330,7 @@ def sum_of_parts(parts: Tensor, by_sequence: bool, x: Inputs, spec: AttentionSpe
     if not by_sequence:
         return slots.sum(1)
     first = x.cu_seqlens_q // BLOCK_M + torch.arange(x.B + 1, device=parts.device)  # as in blocks/seqlen.py
-    slot = torch.arange(slots.shape[1], device=parts.device)
+    slot = torch.arange(slots.shape[1], device=parts.device).flip(0)  # the last slot comes first
     own = (slot >= first[:-1, None]) & (slot < first[1:, None])  # (B, slots)
     return torch.where(own[:, None], slots, 0.0).sum(2)
 

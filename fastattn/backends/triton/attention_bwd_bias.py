@@ -65,9 +65,9 @@ def attention_backward_dbias_kernel(
     seed = tl.load(SEED) if F.DROPOUT else 0
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for step in range(total * part // n_parts, total * (part + 1) // n_parts):
-        n_block, rest = n_own + (step % over_n).to(tl.int32), step // over_n
-        m_block, rest = m_own + (rest % over_m).to(tl.int32), rest // over_m
-        h, b = h_own + (rest % over_h).to(tl.int32), b_own + (rest // over_h).to(tl.int32)
+        n_block, outer = n_own + (step % over_n).to(tl.int32), step // over_n
+        m_block, outer = m_own + (outer % over_m).to(tl.int32), outer // over_m
+        h, b = h_own + (outer % over_h).to(tl.int32), b_own + (outer // over_h).to(tl.int32)
         rows_q, rows_k = sequence(b, CU_SEQLENS_Q, S_q, F), sequence(b, CU_SEQLENS_K, S_k, F)
         w = window_of(
             b, rows_q.length, rows_k.length, shift, left, right, MASK, stride_mask_b, stride_mask_h, stride_mask_m,

@@ -82,4 +82,4 @@ def other_rows(b, CU, B, S, F: tl.constexpr):
 @triton.jit
 def head_start(rows, h, H, S):
     """Where head h of the sequence at `rows` begins in a contiguous (B, H, S)."""
-    return (rows.batch * H + h) * S + rows.start
+    return (rows.batch.to(tl.int32) * H + h).to(tl.int64) * S + rows.start

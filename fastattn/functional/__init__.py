@@ -1,0 +1,16 @@
+"""The public functions: what each computes, what it accepts, and the way to the backend that serves it."""
+
+from fastattn.functional._attention import attention, varlen_attention
+from fastattn.functional._explain import explain
+from fastattn.functional._rows import layer_norm, log_softmax, softmax
+from fastattn.functional._sdpa import scaled_dot_product_attention
+
+__all__ = [
+    "attention",
+    "explain",
+    "layer_norm",
+    "log_softmax",
+    "scaled_dot_product_attention",
+    "softmax",
+    "varlen_attention",
+]

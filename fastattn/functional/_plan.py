@@ -1,0 +1,39 @@
+"""What every public function begins with: a checked plan, remembered; autocast."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from fastattn.errors import ArgumentTypeError
+
+_PLANS = 4096  # checked calls that are remembered, by shapes, dtypes and options
+
+
+def cached(plan: Callable) -> Callable:
+    """Remember the answers of `plan` in eager mode; a compiler traces it afresh and guards on what it reads."""
+    remembered = lru_cache(_PLANS, typed=True)(plan)  # typed: 1 is not True
+
+    def lookup(*args):
+        if torch.compiler.is_compiling():
+            return plan(*args)
+        try:
+            return remembered(*args)
+        except ArgumentTypeError:
+            raise
+        except TypeError:  # an argument that cannot be hashed is a wrong one; the plan says which
+            return plan(*args)
+
+    return lookup
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Cast to the ambient autocast dtype, as torch does for scaled_dot_product_attention."""
+    device = tensors[0].device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)

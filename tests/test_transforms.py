@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map
 
 import fastattn
 from fastattn.autograd import AttentionFunction, LayerNormFunction, SoftmaxFunction
+from fastattn.ops.attention import INPUTS
 from fastattn.reference.attention import attention as reference_attention
 from fastattn.spec import AttentionSpec, NormSpec, SoftmaxSpec
 from fastattn.testing import make_inputs
@@ -290,6 +291,11 @@ def test_higher_derivatives_of_rows_that_see_nothing(higher, device):
     hold_to_reference(HIGHER[higher], masked, make_inputs((2, 3, 6), device=device))
 
 
+def with_seed(q, k, v, seed, spec):
+    inputs = {"q": q, "k": k, "v": v, "seed": seed}
+    return AttentionFunction.apply(*(inputs.get(name) for name in INPUTS), spec, "triton")[0]
+
+
 @pytest.mark.parametrize("higher", ["autograd_second_order", "jvp", "jvp_of_grad", "vmap_of_grad_of_grad"])
 def test_higher_derivatives_with_dropout(higher, device):
     """The recomputation drops what the kernel dropped."""
@@ -298,7 +304,7 @@ def test_higher_derivatives_with_dropout(higher, device):
     def dropped(q, k, v, backend="triton"):
         spec = AttentionSpec(2, 1, 8, 8, q.dtype, 0.3, dropout_p=0.4)
         if backend == "triton":
-            return AttentionFunction.apply(q, k, v, seed, spec, backend)[0]
+            return with_seed(q, k, v, seed, spec)
         return reference_attention(q, k, v, spec, seed=seed)[0]
 
     hold_to_reference(HIGHER[higher], dropped, make_inputs(*SMALL_QKV, device=device))
@@ -310,7 +316,7 @@ def test_vmap_with_dropout_keeps_each_seed(device):
     spec = AttentionSpec(2, 1, 8, 8, torch.float32, 0.3, dropout_p=0.5)
 
     def run(q, seed):
-        return AttentionFunction.apply(q, k, v, seed, spec, "triton")[0]
+        return with_seed(q, k, v, seed, spec)
 
     assert_near(vmap(run)(q, seeds), torch.stack([run(*each) for each in zip(q, seeds, strict=True)]))
     assert_near(vmap(run, in_dims=(0, None))(q, seeds[1]), torch.stack([run(each, seeds[1]) for each in q]))
@@ -327,8 +333,9 @@ def test_double_backward_in_half_precision_under_autocast(op, device):
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
     assert [t.dtype for t in actual] == [t.dtype for t in inputs]
     truth = by_autograd(curved(function, "reference"), [t.double() for t in inputs], 2)
-    for a, t in zip(actual, truth, strict=True):
-        assert (a - t).norm() <= 0.05 * t.norm() + 1e-3
+    unfused = by_autograd(curved(function, "reference"), inputs, 2)
+    for a, u, t in zip(actual, unfused, truth, strict=True):
+        assert (a - t).norm() <= 2 * (u - t).norm() + torch.finfo(a.dtype).eps * t.norm()
 
 
 class Passing(TorchDispatchMode):

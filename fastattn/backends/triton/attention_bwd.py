@@ -123,7 +123,7 @@ def attention_backward_dq_kernel(
     start = head_start(rows_q, h, H, S_q)
     tl.store(DELTA + start + m, delta, mask=m < w.S_q)
     if DSINKS is not None:
-        p_sink = probability(load_sink(SINKS, h), load_lse(LSE + start, m, w.S_q), 1.0)
+        p_sink = probability(load_sink(SINKS, h, b, B, F), load_lse(LSE + start, m, w.S_q), 1.0)
         tl.store(DSINKS + tl.program_id(0), -tl.sum(p_sink * delta, 0))
 
     if DQ is not None or DSLOPES is not None:

@@ -32,7 +32,7 @@ from fastattn.backends.triton.blocks.mask import (
 )
 from fastattn.backends.triton.blocks.score import apply_score, head_score, score_factor, scores_of
 from fastattn.backends.triton.blocks.seqlen import head_start, locate, other_rows, own_rows
-from fastattn.backends.triton.blocks.softmax import finish_softmax, online_softmax
+from fastattn.backends.triton.blocks.softmax import finish_softmax, load_sink, online_softmax
 from fastattn.backends.triton.blocks.tile import inner, load_tile, matrix, outer, scaled, store_tile, zeros
 from fastattn.backends.triton.configs import forward_config
 from fastattn.backends.triton.mask_tiles import mask_tiles
@@ -150,7 +150,8 @@ def attention_forward_kernel(
             last = spans.left if F.MASK else spans.max
             acc = _restore_non_finite(acc, v_rows, m, spans.min, last, spans, w, D_V, BLOCK_N, F, DOT)
 
-    o, lse = finish_softmax(acc, row_max, row_sum, score_factor(score, F), SINKS, h, F)
+    sink = load_sink(SINKS, h, b, B, F)
+    o, lse = finish_softmax(acc, row_max, row_sum, score_factor(score, F), sink, F)
     o_rows = matrix(O, rows_q, h, stride_ob, stride_oh, stride_om, stride_od, BLOCK_M, D_V, F)
     store_tile(o_rows, m_start, o, m, w.S_q, D_V)
     tl.store(LSE + head_start(rows_q, h, H, S_q) + m, lse, mask=m < w.S_q)

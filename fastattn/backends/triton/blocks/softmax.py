@@ -31,17 +31,20 @@ def add_sink(acc, row_max, row_sum, sink):
 
 
 @triton.jit
-def load_sink(SINKS, h):
-    """The sink of head h, in base 2."""
-    return tl.load(SINKS + h).to(tl.float32) * LOG2_E
+def load_sink(SINKS, h, b, B, F: tl.constexpr):
+    """The sink of head h, in base 2; rows after the last of B packed sequences have none."""
+    if F.SINKS:
+        return tl.where(b < B, tl.load(SINKS + h).to(tl.float32) * LOG2_E, NEG_INF)
+    else:
+        return NEG_INF
 
 
 @triton.jit
-def finish_softmax(acc, row_max, row_sum, factor, SINKS, h, F: tl.constexpr):
+def finish_softmax(acc, row_max, row_sum, factor, sink, F: tl.constexpr):
     """-> (o, lse): o = acc / row_sum, lse = log Σ exp; a row that saw nothing has o = 0 and lse = -inf."""
     row_max = row_max * factor
     if F.SINKS:
-        acc, row_max, row_sum = add_sink(acc, row_max, row_sum, load_sink(SINKS, h))
+        acc, row_max, row_sum = add_sink(acc, row_max, row_sum, sink)
     empty = row_sum == 0.0
     safe_sum = tl.where(empty, 1.0, row_sum)
     lse = tl.where(empty, NEG_INF, (row_max + tl.log2(safe_sum)) * LN_2)

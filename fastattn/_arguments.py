@@ -189,6 +189,7 @@ def sequences(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k) -
     """The checked arguments of packed sequences; values that are on a CPU, and no compiler's, are looked at."""
     fn = "varlen_attention"
     for name, t, axes in (("q", q, "(T_q, H, D)"), ("k", k, "(T_k, H_kv, D)"), ("v", v, "(T_k, H_kv, D_v)")):
+        check_tensor(fn, name, t)
         if t.dim() != 3:
             raise ArgumentError(f"{fn}: `{name}` has shape {tuple(t.shape)}; it must have three dimensions {axes}.")
     cu = []
@@ -222,16 +223,16 @@ def check_cu_seqlens(fn: str, name: str, t: Any, device: torch.device) -> None:
 
 
 def check_max_seqlen(fn: str, name: str, value: Any) -> None:
+    accepted = "an int, or an integer tensor of one element"
     if isinstance(value, Tensor):
-        if value.numel() != 1 or value.is_floating_point() or value.dtype in (torch.bool, torch.complex64):
-            raise ArgumentError(
-                f"{fn}: `{name}` is a tensor of shape {tuple(value.shape)} and dtype {dtype_name(value.dtype)}; "
-                "it must be an int, or an integer tensor of one element."
+        if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+            raise ArgumentTypeError(
+                f"{fn}: `{name}` is a tensor of dtype {dtype_name(value.dtype)}; it must be {accepted}."
             )
+        if value.numel() != 1:
+            raise ArgumentError(f"{fn}: `{name}` is a tensor of shape {tuple(value.shape)}; it must be {accepted}.")
     elif not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
-        raise ArgumentTypeError(
-            f"{fn}: `{name}` is {kind(value)}; it must be an int, or an integer tensor of one element."
-        )
+        raise ArgumentTypeError(f"{fn}: `{name}` is {kind(value)}; it must be {accepted}.")
     elif value < 0:
         raise ArgumentError(f"{fn}: `{name}` is {value}; it must be 0 or more.")
 
@@ -245,10 +246,19 @@ def check_lengths(fn: str, side: str, cu_seqlens: Tensor, longest: int | Tensor,
             f"{fn}: `cu_seqlens_{side}` runs from {bounds[0]} to {bounds[-1]} with a shortest sequence of "
             f"{min(lengths, default=0)}; it must rise from 0 to at most T_{side} = {rows}."
         )
-    if isinstance(longest, int) and longest < max(lengths, default=0):
+    bound = known_length(longest)
+    if bound is not None and bound < max(lengths, default=0):
         raise ArgumentError(
-            f"{fn}: `max_seqlen_{side}` is {longest}; `cu_seqlens_{side}` has a sequence of {max(lengths)}."
+            f"{fn}: `max_seqlen_{side}` is {bound} and `cu_seqlens_{side}` has a sequence of {max(lengths)}; "
+            "it must be the longest of them, or more."
         )
+
+
+def known_length(longest: int | Tensor) -> int | None:
+    """The value of max_seqlen; None for a tensor that cannot be read without stopping a stream or a compiler."""
+    if isinstance(longest, Tensor):
+        return int(longest) if longest.is_cpu and is_plain(longest) else None
+    return longest
 
 
 def packed_alignment(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> str:
@@ -308,7 +318,8 @@ def check_attention_features(
     B, H, S_q, _ = q.shape
     S_k, axes = k.shape[2], "(B, H, S_q, S_k)"
     if packed is not None:
-        B, S_q, S_k, axes = packed.B, packed.max_seqlen_q, packed.max_seqlen_k, "(B, H, max_seqlen_q, max_seqlen_k)"
+        B, axes = packed.B, "(B, H, max_seqlen_q, max_seqlen_k)"
+        S_q, S_k = known_length(packed.max_seqlen_q), known_length(packed.max_seqlen_k)
     for name, t in (("bias", bias), ("mask", mask), ("alibi_slopes", alibi_slopes), ("sinks", sinks)):
         if t is None:
             continue
@@ -320,11 +331,13 @@ def check_attention_features(
                     f"{fn}: `mask` has dtype {dtype_name(t.dtype)}; it must be bool, True where a row attends to a key "
                     "(an additive mask is `bias`)."
                 )
+        elif name == "bias" and t.dtype == torch.bool:
+            raise ArgumentTypeError(f"{fn}: `bias` has dtype bool; it must be floating (a bool mask is `mask`).")
         else:
             check_float_dtype(fn, name, t.dtype)
         if name in ("bias", "mask"):
-            sizes = zip((B, H, S_q, S_k), ((1,) * 4 + tuple(t.shape))[-4:], strict=True)  # a tensor's value is not read
-            target = tuple(own if isinstance(size, Tensor) else size for size, own in sizes)
+            sizes = zip((B, H, S_q, S_k), ((1,) * 4 + tuple(t.shape))[-4:], strict=True)
+            target = tuple(own if size is None else size for size, own in sizes)
             check_broadcast(fn, name, t.shape, target, axes)
     if alibi_slopes is not None and alibi_slopes.shape not in ((H,), (B, H)):
         raise ArgumentError(

@@ -67,15 +67,21 @@ class Case:
     S_k: int = 40
     B: int = 1
     H: int = 2
-    H_kv: int = 2
+    H_kv: int = 0  # 0: as H
     D: int = 16
     D_v: int = 0  # 0: as D
     dtype: torch.dtype = F32
     layout: str = "contiguous"
+    lengths: tuple[tuple[int, int], ...] | None = None  # of queries and keys, packed; S_q and S_k are the longest
+    left_over: int = 0  # rows of q after the last sequence
     options: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return self.name
+
+    @property
+    def kv_heads(self) -> int:
+        return self.H_kv or self.H
 
 
 def case(name: str, S_q: int = 40, S_k: int = 40, **fields: Any) -> Case:
@@ -155,7 +161,7 @@ DROPOUT = [
 
 BIAS = [
     *(
-        case(f"bias_{'x'.join(shape) or 'scalar'}", 40, 50, B=2, H=4, H_kv=2, bias=Score(shape))
+        case(f"bias_{shape or 'scalar'}", 33, 20, B=2, H=2, H_kv=1, bias=Score(shape))
         for shape in ("BHMN", "1HMN", "BHM1", "B1MN", "B11N", "11MN", "1H11", "1111", "HMN", "MN", "N", "")
     ),
     case("bias_heads_innermost", 40, 50, B=2, H=4, bias=Score("1HMN", layout="heads_innermost")),
@@ -167,7 +173,7 @@ BIAS = [
 ]
 BOOL_MASKS = [
     *(
-        case(f"mask_{shape}", 40, 50, B=2, H=4, H_kv=2, mask=Score(shape, fill="random_bool"))
+        case(f"mask_{shape}", 33, 40, B=2, H=2, H_kv=1, mask=Score(shape, fill="random_bool"))
         for shape in ("BHMN", "1HMN", "B1MN", "B11N", "BHM1", "1111", "MN")
     ),
     case("mask_documents", 130, 130, mask=Score("MN", fill="documents")),
@@ -207,6 +213,46 @@ PAIRS = [
         "everything", 70, 70, B=2, H=4, H_kv=2, D=40, D_v=24, causal=True, window=(30, None), softcap=2.0, dropout_p=0.1,
         bias=Score("1HMN"), mask=Score("B1MN", fill="documents"), alibi_slopes=Score("BH", fill="slopes"),
         sinks=Score("H"),
+    ),
+]  # fmt: skip
+
+LENGTHS_5 = ((5, 21), (0, 7), (33, 0), (16, 9), (40, 50))
+SELF_4 = ((33, 33), (1, 1), (0, 0), (48, 48))
+
+
+def packed(name: str, lengths: tuple[tuple[int, int], ...] = LENGTHS_5, **fields: Any) -> Case:
+    """Sequences of these lengths, one after the other."""
+    longest = (max((n[side] for n in lengths), default=0) for side in (0, 1))
+    return case(name, *longest, **{"H": 4, "B": len(lengths), "lengths": lengths, **fields})
+
+
+VARLEN = [
+    packed("varlen"),
+    packed("varlen_one_sequence", ((40, 40),)),
+    packed("varlen_all_empty", ((0, 0), (0, 0))),
+    packed("varlen_left_over", left_over=23, sinks=Score("H")),
+    packed("varlen_many_short", tuple((n % 4, n % 3) for n in range(40)), H=2),
+    packed("varlen_causal", SELF_4, causal="bottom_right", H_kv=2),
+    packed("varlen_bottom_right", causal="bottom_right"),
+    packed("varlen_top_left", causal="top_left"),
+    packed("varlen_window", window=(7, 3)),
+    packed("varlen_gqa_window_left", SELF_4, window=(9, 0), H_kv=1),
+    packed("varlen_bias", bias=Score("BHMN"), H=2),
+    packed("varlen_bias_by_head_causal", bias=Score("1HMN"), H=2, causal="bottom_right"),
+    packed("varlen_bias_by_key", bias=Score("B11N"), H=2),
+    packed("varlen_mask", mask=Score("B1MN", fill="random_bool"), H=2),
+    packed("varlen_mask_shared_causal", SELF_4, mask=Score("MN", fill="documents"), H=2, causal="bottom_right"),
+    packed("varlen_alibi_by_batch", alibi_slopes=Score("BH", fill="slopes"), H=2),
+    packed("varlen_alibi", SELF_4, alibi_slopes=Score("H", fill="slopes"), H=2, causal="bottom_right"),
+    packed("varlen_sinks", sinks=Score("H"), H=2, causal="bottom_right"),
+    packed("varlen_softcap_dropout", softcap=1.5, dropout_p=0.2, H=2),
+    packed("varlen_mla", SELF_4, D=192, D_v=128, H=2, causal="bottom_right"),
+    packed("varlen_bf16", SELF_4, D=64, H=2, dtype=BF16, causal="bottom_right"),
+    packed("varlen_heads_inside", layout="heads_inside", H=2, H_kv=2),
+    packed(
+        "varlen_everything", SELF_4, H_kv=2, D=24, D_v=40, causal="bottom_right", window=(20, None), softcap=2.0,
+        dropout_p=0.1, bias=Score("1HMN"), mask=Score("B1MN", fill="documents"), left_over=9,
+        alibi_slopes=Score("BH", fill="slopes"), sinks=Score("H"),
     ),
 ]  # fmt: skip
 

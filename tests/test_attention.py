@@ -8,103 +8,10 @@ from typing import Any
 import cases
 import pytest
 import torch
-from torch import Tensor
+from parity import check, inputs_of, options_of, run
 
 import fastattn
-from fastattn import _arguments
-from fastattn.reference.attention import attention as reference
-from fastattn.testing import assert_close, make_inputs
-
-
-def spec_of(q: Tensor, k: Tensor, v: Tensor, **options: Any):
-    names = ("causal", "window", "scale", "softcap", "dropout_p", "deterministic")
-    defaults = {"causal": False, "dropout_p": 0.0, "deterministic": False}
-    present = tuple(options.get(name) is not None for name in ("bias", "mask", "alibi_slopes", "sinks", "cu_seqlens_q"))
-    of = [tuple(getattr(t, attribute) for t in (q, k, v)) for attribute in ("shape", "dtype", "device")]
-    return _arguments.attention_spec("attention", *of, *({**defaults, **options}.get(name) for name in names), present)
-
-
-def inputs_of(case: cases.Case, device: torch.device) -> tuple[list[Tensor], Tensor, Tensor]:
-    """-> ([q, k, v], do, dlse)."""
-    D_v = case.D_v or case.D
-    q = (case.B, case.H, case.S_q, case.D)
-    kv = [(case.B, case.H_kv, case.S_k, width) for width in (case.D, D_v)]
-    q, k, v, do = make_inputs(q, *kv, (*q[:3], D_v), dtype=case.dtype, device=device, layout=case.layout)
-    (dlse,) = make_inputs(q.shape[:3], device=device, seed=1)
-    return [q, k, v], do, dlse
-
-
-def options_of(case: cases.Case, device: torch.device) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """-> (options, those of them that are differentiable tensors)."""
-    options = {
-        name: value.tensor(case, device) if isinstance(value, cases.Score) else value
-        for name, value in case.options.items()
-    }
-    return options, {name: options[name] for name in ("bias", "alibi_slopes", "sinks") if name in options}
-
-
-def run(
-    function, inputs: list[Tensor], do: Tensor, dlse: Tensor | None, dtype: torch.dtype, features=None
-) -> dict[str, Tensor]:
-    """o, lse, and the gradients of <o, do> + <lse, dlse>, with everything in `dtype`; features too in float64."""
-    leaves = [t.to(dtype).detach().requires_grad_() for t in inputs]
-    features = {
-        name: (t.double() if dtype == torch.float64 else t).detach().requires_grad_()
-        for name, t in (features or {}).items()
-    }
-    o, lse = function(*leaves, **features)
-    wanted = (*leaves, *features.values())
-    if dlse is None:
-        grads = torch.autograd.grad(o, wanted, do.to(dtype))
-    else:
-        finite = torch.where(lse.isfinite(), dlse.to(lse.dtype), 0.0)  # a loss on lse = -inf has no finite gradient
-        grads = torch.autograd.grad((o, lse), wanted, (do.to(dtype), finite))
-    names = ("o", "lse", "dq", "dk", "dv", *(f"d{name}" for name in features))
-    return dict(zip(names, (o, lse, *grads), strict=True))
-
-
-def gradient_scale(exact: dict[str, Tensor], v: Tensor, do: Tensor) -> float:
-    """The largest number that gradients are rounded at: ds = p (dp - delta) subtracts numbers as large as dp, and in
-    p = exp(s - lse) a rounding of lse is |lse| roundings of p."""
-    v = v.repeat_interleave(do.shape[1] // v.shape[1], dim=1)
-    tensors = [exact["dq"], exact["dk"], exact["dv"], do.double() @ v.double().mT]
-    largest = max((t.abs().max().item() for t in tensors if t.numel()), default=0.0)
-    lse = exact["lse"][exact["lse"].isfinite()]
-    in_p = 1.0 + lse.abs().max().item() if do.dtype == torch.float32 and lse.numel() else 1.0
-    return largest * in_p
-
-
-def check(
-    backend: str, inputs: list[Tensor], do: Tensor, dlse: Tensor | None, options: dict[str, Any], features=None
-) -> None:
-    """One call against the reference in float64 and in the inputs' own dtype."""
-    dtype = inputs[0].dtype
-    spec = spec_of(*inputs, **options)
-    seed = None
-    if spec.dropout_p > 0.0:
-        torch.manual_seed(5)
-        seed = torch.randint(2**63 - 1, (), device=inputs[0].device)
-
-    def oracle(compute_dtype):
-        def call(*leaves, **features):
-            tensors = {"bias": None, "mask": options.get("mask"), "alibi_slopes": None, "sinks": None, **features}
-            return reference(*leaves, spec_of(*leaves, **options), seed=seed, compute_dtype=compute_dtype, **tensors)
-
-        return call
-
-    def tested(*leaves, **features):
-        torch.manual_seed(5)
-        call = {**options, **features}
-        o = fastattn.attention(*leaves, return_lse=dlse is not None, backend=backend, **call)
-        return (o, None) if dlse is None else o
-
-    exact = run(oracle(torch.float64), inputs, do, dlse, torch.float64, features)
-    eager = run(oracle(dtype), inputs, do, dlse, dtype, features)
-    actual = run(tested, inputs, do, dlse, dtype, features)
-    scale = gradient_scale(exact, inputs[2], do)
-    for name, t in actual.items():
-        if t is not None:
-            assert_close(t, exact[name], eager[name], name, scale=scale if name[0] == "d" else 1.0)
+from fastattn.testing import make_inputs
 
 
 @pytest.mark.parametrize("case", cases.TRITON, ids=str)

@@ -23,14 +23,17 @@ JARGON = ("None of", "NoneType", "Traceback", "Error", "unhashable", "aten::", "
 
 @dataclass(frozen=True)
 class T:
-    """A tensor of ones, made when a test runs; `device` None is the one that the tests run on."""
+    """A tensor of ones, or of `values`, made when a test runs; `device` None is the one that the tests run on."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32
     device: str | None = None
     layout: str = "strided"
+    values: tuple[float, ...] | None = None
 
     def make(self, device: torch.device) -> Tensor:
+        if self.values is not None:
+            return torch.tensor(self.values, dtype=self.dtype, device=self.device or device).view(self.shape)
         t = torch.ones(self.shape, device=self.device or device).to(self.dtype)
         if self.layout == "nested":
             return torch.nested.nested_tensor(list(t.unbind()), layout=torch.jagged)
@@ -59,7 +62,13 @@ def bools(*shape: int) -> T:
     return T(shape, torch.bool)
 
 
+def i32(*values: int, **fields: Any) -> T:
+    return T((len(values),), torch.int32, values=values, **fields)
+
+
 Q, K, V = T((2, 4, 5, 8)), T((2, 2, 5, 8)), T((2, 2, 5, 8))
+Q_ROWS, K_ROWS, V_ROWS = T((7, 4, 8)), T((9, 2, 8)), T((9, 2, 8))
+CU_Q, CU_K = i32(0, 3, 7), i32(0, 4, 9)
 LONGER = {"k": T((2, 2, 7, 8)), "v": T((2, 2, 7, 8))}
 THREE_HEADS = {"key": T((2, 3, 5, 8)), "value": T((2, 3, 5, 8))}
 X = T((3, 5, 8))
@@ -72,6 +81,12 @@ def attention(name: str, *says: str, q=Q, k=K, v=V, **options: Any) -> Wrong:
 
 def triton_attention(name: str, *says: str, **arguments: Any) -> Wrong:
     return attention(name, "attention: backend 'triton' cannot", *says, backend="triton", **arguments)
+
+
+def varlen(
+    name: str, *says: str, q=Q_ROWS, k=K_ROWS, v=V_ROWS, cu_q=CU_Q, cu_k=CU_K, max_q=4, max_k=5, **options: Any
+) -> Wrong:
+    return Wrong(name, fastattn.varlen_attention, (q, k, v, cu_q, cu_k, max_q, max_k), options, says)
 
 
 def sdpa(name: str, *says: str, query=Q, key=Q, value=Q, **options: Any) -> Wrong:
@@ -97,7 +112,11 @@ SCORES = "(B, H, S_q, S_k) = (2, 4, 5, 5)"
 PAIR, SIDE = "a pair (left, right)", "it must be an int, or None for unbounded"
 INTS = "an int or a list or tuple of ints"
 ALIGNMENTS = 'False, True, "top_left" or "bottom_right"'
-WIDTHS = "multiples of 8 from 8 to 256"
+PACKED_SCORES = "(B, H, max_seqlen_q, max_seqlen_k) = (2, 4, 4, 5)"
+LONGEST = "it must be an int, or an integer tensor of one element"
+BOUNDS = "(B + 1,): where each of B sequences begins, and where the last ends"
+HALVES = "it has float16, bfloat16 and float32"
+WIDTHS = "it has 1 to 576"
 
 ATTENTION_TYPES = [
     attention("q_list", "`q` is a list", TENSOR, q=[[1.0]]),
@@ -130,6 +149,8 @@ ATTENTION_TYPES = [
     attention("deterministic_int", "`deterministic` is an int", "True or False", deterministic=1),
     attention("bias_list", "`bias` is a list", f"{TENSOR} or None", bias=[0.0]),
     attention("bias_int", "`bias` has dtype int32", FLOATS, bias=T((5, 5), torch.int32)),
+    attention("bias_bool", "`bias` has dtype bool", "floating", "a bool mask is `mask`", bias=bools(5, 5)),
+    attention("mask_int", "`mask` has dtype int64", "bool, True where a row attends", mask=T((5, 5), torch.int64)),
     attention("mask_float", "`mask` has dtype float32", "bool, True where a row attends", "`bias`", mask=T((5, 5))),
     attention("mask_sparse", "`mask` has layout sparse_coo", "strided", mask=T((5, 5), layout="sparse_coo")),
     attention("alibi_float", "`alibi_slopes` is a float", f"{TENSOR} or None", alibi_slopes=0.5),
@@ -173,6 +194,84 @@ ATTENTION_VALUES = [
     attention("alibi_device", "`alibi_slopes` is on meta", "one device", alibi_slopes=T((4,), device="meta")),
     attention("sinks_shape", "`sinks` has shape (2, 4)", "(H,) = (4,)", sinks=T((2, 4))),
     attention("sinks_device", "`sinks` is on meta", "`q` on", "one device", sinks=T((4,), device="meta")),
+]
+VARLEN_TYPES = [
+    varlen("q_list", "varlen_attention: `q` is a list", TENSOR, q=[[[1.0]]]),
+    varlen("v_none", "`v` is None", TENSOR, v=None),
+    varlen("k_sparse", "`k` has layout sparse_coo", "strided", k=T(K_ROWS.shape, layout="sparse_coo")),
+    varlen("q_nested", "`q` has layout nested", "strided", q=T(Q_ROWS.shape, layout="nested")),
+    varlen("q_int", "`q` has dtype int64", FLOATS, q=T(Q_ROWS.shape, torch.int64)),
+    varlen("mixed_k", "`k` has dtype float16", "`q` has float32", "equal", k=T(K_ROWS.shape, torch.float16)),
+    varlen("cu_q_none", "`cu_seqlens_q` is None", TENSOR, cu_q=None),
+    varlen("cu_k_list", "`cu_seqlens_k` is a list", TENSOR, cu_k=[0, 4, 9]),
+    varlen("cu_q_int64", "`cu_seqlens_q` has dtype int64", "it must be int32", cu_q=replace(CU_Q, dtype=torch.int64)),
+    varlen("cu_k_float", "`cu_seqlens_k` has dtype float32", "it must be int32", cu_k=replace(CU_K, dtype=torch.float)),
+    varlen("max_q_none", "`max_seqlen_q` is None", LONGEST, max_q=None),
+    varlen("max_q_float", "`max_seqlen_q` is a float", LONGEST, max_q=4.0),
+    varlen("max_k_bool", "`max_seqlen_k` is a bool", LONGEST, max_k=True),
+    varlen("max_k_list", "`max_seqlen_k` is a list", LONGEST, max_k=[4, 5]),
+    varlen("max_q_float_tensor", "`max_seqlen_q` is a tensor of dtype float32", LONGEST, max_q=T(())),
+    varlen("max_k_bool_tensor", "`max_seqlen_k` is a tensor of dtype bool", LONGEST, max_k=bools(1)),
+    varlen("max_k_complex_tensor", "a tensor of dtype complex128", LONGEST, max_k=T((), torch.cdouble)),
+    varlen("causal_int", "`causal` is an int", ALIGNMENTS, causal=1),
+    varlen("window_int", "`window` is an int", PAIR, window=4),
+    varlen("bias_bool", "`bias` has dtype bool", "floating", "a bool mask is `mask`", bias=bools(4, 5)),
+    varlen("bias_list", "`bias` is a list", f"{TENSOR} or None", bias=[0.0]),
+    varlen("mask_float", "`mask` has dtype float32", "an additive mask is `bias`", mask=T((4, 5))),
+    varlen("mask_uint8", "`mask` has dtype uint8", "it must be bool", mask=T((4, 5), torch.uint8)),
+    varlen("alibi_int", "`alibi_slopes` has dtype int64", FLOATS, alibi_slopes=T((4,), torch.int64)),
+    varlen("sinks_list", "`sinks` is a list", f"{TENSOR} or None", sinks=[1.0] * 4),
+    varlen("scale_tensor", "`scale` is a Tensor", f"{NUMBER} or None", scale=T(())),
+    varlen("softcap_bool", "`softcap` is a bool", f"{NUMBER} or None", softcap=True),
+    varlen("dropout_none", "`dropout_p` is None", NUMBER, dropout_p=None),
+    varlen("deterministic_none", "`deterministic` is None", "True or False", deterministic=None),
+]
+VARLEN_VALUES = [
+    varlen("q_rank", "`q` has shape (1, 4, 7, 8)", "three dimensions (T_q, H, D)", q=T((1, 4, 7, 8))),
+    varlen("k_rank", "`k` has shape (9, 8)", "three dimensions (T_k, H_kv, D)", k=T((9, 8))),
+    varlen("v_rank", "`v` has shape (1, 9, 2, 8)", "three dimensions (T_k, H_kv, D_v)", v=T((1, 9, 2, 8))),
+    varlen("v_length", "`v` has sequence length 8", "`k` has 9", "equal", v=T((8, 2, 8))),
+    varlen("v_heads", "`v` has number of heads 4", "`k` has 2", "equal", v=T((9, 4, 8))),
+    varlen("k_width", "`k` has head dimension 16", "`q` has 8", "equal", k=T((9, 2, 16))),
+    varlen("heads", "`q` has 4 heads and `k` has 3", "multiple of H_kv", k=T((9, 3, 8)), v=T((9, 3, 8))),
+    varlen("no_width", "`q` has head dimension 0", "at least 1", q=T((7, 4, 0)), k=T((9, 2, 0))),
+    varlen("k_device", "`k` is on meta", "`q` on", "one device", k=T(K_ROWS.shape, device="meta")),
+    varlen("cu_q_rank", "`cu_seqlens_q` has shape (1, 3)", BOUNDS, cu_q=replace(CU_Q, shape=(1, 3))),
+    varlen("cu_k_scalar", "`cu_seqlens_k` has shape ()", BOUNDS, cu_k=T((), torch.int32)),
+    varlen("cu_q_empty", "`cu_seqlens_q` has shape (0,)", BOUNDS, cu_q=i32()),
+    varlen("cu_q_device", "`cu_seqlens_q` is on meta", "`q` on", "one device", cu_q=T((3,), torch.int32, "meta")),
+    varlen("cu_k_device", "`cu_seqlens_k` is on meta", "`q` on", "one device", cu_k=T((3,), torch.int32, "meta")),
+    varlen("cu_sizes", "`cu_seqlens_k` has 4 entries", "`cu_seqlens_q` has 3", "one more than", cu_k=i32(0, 4, 6, 9)),
+    varlen("max_q_negative", "`max_seqlen_q` is -1", "0 or more", max_q=-1),
+    varlen("max_k_of_each", "`max_seqlen_k` is a tensor of shape (2,)", LONGEST, max_k=i32(4, 5)),
+    varlen("causal_sides", "`causal=True` is ambiguous unless `cu_seqlens_k` is the same", '"top_left"', causal=True),
+    varlen("causal_name", "`causal` is 'lower_right'", ALIGNMENTS, causal="lower_right"),
+    varlen("window_flash_attn", "left side of `window` is -1", "None for unbounded", window=(-1, -1)),
+    varlen("window_empty", "left side of `window` is -3", "0 or more", window=(-3, 2)),
+    varlen("scale_nan", "`scale` is nan", "finite", scale=math.nan),
+    varlen("softcap_zero", "`softcap` is 0", "positive, or None", softcap=0),
+    varlen("dropout_above_one", "`dropout_p` is 1.01", "between 0 and 1", dropout_p=1.01),
+    varlen("bias_of_rows", "`bias` has shape (7, 9)", PACKED_SCORES, bias=T((7, 9))),
+    varlen("bias_batch", "`bias` has shape (3, 1, 4, 5)", PACKED_SCORES, bias=T((3, 1, 4, 5))),
+    varlen("bias_rank", "`bias` has shape (1, 2, 4, 4, 5)", PACKED_SCORES, bias=T((1, 2, 4, 4, 5))),
+    varlen("bias_device", "`bias` is on meta", "`q` on", "one device", bias=T((4, 5), device="meta")),
+    varlen("mask_heads", "`mask` has shape (2, 2, 4, 5)", PACKED_SCORES, mask=bools(2, 2, 4, 5)),
+    varlen("mask_empty", "`mask` has shape (0, 5)", PACKED_SCORES, mask=bools(0, 5)),
+    varlen("alibi_of_kv_heads", "`alibi_slopes` has shape (2,)", "(H,) = (4,) or (B, H) = (2, 4)", alibi_slopes=T((2,))),
+    varlen("alibi_batch", "`alibi_slopes` has shape (1, 4)", "(B, H) = (2, 4)", alibi_slopes=T((1, 4))),
+    varlen("sinks_shape", "`sinks` has shape (2, 4)", "(H,) = (4,)", sinks=T((2, 4))),
+]
+# What is read of a tensor that lies on a CPU, and of no other.
+VARLEN_LENGTHS = [
+    varlen("start", "`cu_seqlens_q` runs from 1 to 7", "rise from 0 to at most T_q = 7", cu_q=i32(1, 3, 7)),
+    varlen("lengths", "`cu_seqlens_k` runs from 4 to 5", "rise from 0 to at most T_k = 9", cu_k=i32(4, 5, 5)),
+    varlen("falling", "a shortest sequence of -2", "rise from 0 to at most T_q = 7", cu_q=i32(0, 5, 3), max_q=5),
+    varlen("beyond_q", "`cu_seqlens_q` runs from 0 to 8", "at most T_q = 7", cu_q=i32(0, 3, 8), max_q=5),
+    varlen("beyond_k", "`cu_seqlens_k` runs from 0 to 10", "at most T_k = 9", cu_k=i32(0, 5, 10)),
+    varlen("max_q", "`max_seqlen_q` is 3 and `cu_seqlens_q` has a sequence of 4", "or more", max_q=3),
+    varlen("max_k", "`max_seqlen_k` is 0 and `cu_seqlens_k` has a sequence of 5", "or more", max_k=0),
+    varlen("max_q_tensor", "`max_seqlen_q` is 1 and `cu_seqlens_q` has a sequence of 4", max_q=T((1,), torch.int64)),
+    varlen("bias_max_tensor", "`bias` has shape (4, 4)", PACKED_SCORES, bias=T((4, 4)), max_k=replace(i32(5), shape=())),
 ]
 SDPA_TYPES = [
     sdpa("query_list", "`query` is a list", TENSOR, query=[1.0]),
@@ -259,6 +358,7 @@ BACKEND_NAMES = [
     Wrong(f"backend_{name}", fn, args, {"backend": value}, (f"`backend` is {given}", "triton, eager"), raises)
     for fn, args in (
         (fastattn.attention, (Q, K, V)),
+        (fastattn.varlen_attention, (Q_ROWS, K_ROWS, V_ROWS, CU_Q, CU_K, 4, 5)),
         (fastattn.layer_norm, (X, 8)),
         (fastattn.softmax, (X,)),
         (fastattn.log_softmax, (X,)),
@@ -270,16 +370,12 @@ BACKEND_NAMES = [
     )
 ]
 UNSUPPORTED = [
-    triton_attention("float64", "dtype float64", q=T(Q.shape, F64), k=T(K.shape, F64), v=T(V.shape, F64)),
-    triton_attention("width_257", "head dimension of q and k is 257", WIDTHS, q=T((2, 4, 5, 257)), k=T((2, 2, 5, 257))),
-    triton_attention("width_12", "head dimension of q and k is 12", WIDTHS, q=T((2, 4, 5, 12)), k=T((2, 2, 5, 12))),
-    triton_attention("value_width", "head dimension of v is 264", WIDTHS, v=T((2, 2, 5, 264))),
-    triton_attention("bias", "bias", bias=T((5, 5))),
-    triton_attention("mask", "mask", mask=bools(5, 5)),
-    triton_attention("alibi", "alibi_slopes", alibi_slopes=T((4,))),
-    triton_attention("softcap", "softcap", softcap=30.0),
-    triton_attention("sinks", "sinks", sinks=T((4,))),
+    triton_attention("float64", "dtype float64", HALVES, **{x: T(Q.shape, F64) for x in "qkv"}),
+    triton_attention("width_577", "head dimension of q and k is 577", WIDTHS, q=T((2, 4, 5, 577)), k=T((2, 2, 5, 577))),
+    triton_attention("value_width", "head dimension of v is 600", WIDTHS, v=T((2, 2, 5, 600))),
     triton_attention("meta", "device 'meta'", **{x: T(K.shape, device="meta") for x in "qkv"}),
+    varlen("float64", "backend 'triton' cannot", HALVES, **{x: T((9, 2, 8), F64) for x in "qkv"}, backend="triton"),
+    varlen("value_width", "backend 'triton' cannot", "head dimension of v is 584", v=T((9, 2, 584)), backend="triton"),
     layer_norm("float64", "backend 'triton' cannot", "dtype float64", x=T(X.shape, F64), backend="triton"),
     layer_norm("weight_float64", "'triton' cannot", "weight of dtype float64", weight=T((8,), F64), backend="triton"),
     layer_norm("residual", "`residual` is a Tensor", "not implemented yet", "None", residual=X),
@@ -304,8 +400,8 @@ def raising(error: type[FastattnError], rows: list[Wrong]) -> list[Wrong]:
 
 
 CALLS = [
-    *raising(ArgumentTypeError, [*ATTENTION_TYPES, *SDPA_TYPES, *LAYER_NORM_TYPES, *SOFTMAX_TYPES]),
-    *raising(ArgumentError, [*ATTENTION_VALUES, *SDPA_VALUES, *LAYER_NORM_VALUES, *SOFTMAX_VALUES]),
+    *raising(ArgumentTypeError, [*ATTENTION_TYPES, *VARLEN_TYPES, *SDPA_TYPES, *LAYER_NORM_TYPES, *SOFTMAX_TYPES]),
+    *raising(ArgumentError, [*ATTENTION_VALUES, *VARLEN_VALUES, *SDPA_VALUES, *LAYER_NORM_VALUES, *SOFTMAX_VALUES]),
     *raising(UnsupportedError, UNSUPPORTED),
     *BACKEND_NAMES,
 ]
@@ -323,6 +419,15 @@ def state(inputs: Any) -> list[tuple[int, Tensor | None]]:
 
 @pytest.mark.parametrize("wrong", [*CALLS, *EXPLAIN], ids=str)
 def test_wrong_call_raises_one_sentence(wrong: Wrong, device: torch.device):
+    check_sentence(wrong, device)
+
+
+@pytest.mark.parametrize("wrong", raising(ArgumentError, VARLEN_LENGTHS), ids=str)
+def test_wrong_length_on_a_cpu_raises_one_sentence(wrong: Wrong):
+    check_sentence(wrong, torch.device("cpu"))
+
+
+def check_sentence(wrong: Wrong, device: torch.device) -> None:
     args, kwargs = wrong.inputs(device)
     before = state((args, kwargs))
     with pytest.raises(FastattnError) as caught:
@@ -384,7 +489,7 @@ def test_remembered_call_is_not_mistaken_for_an_equal_one_of_another_type(right,
 
 
 def test_names_are_unique():
-    names = [str(wrong) for wrong in CALLS]
+    names = [str(wrong) for wrong in [*CALLS, *VARLEN_LENGTHS]]
     assert len(names) == len(set(names)) >= 50
 
 

@@ -220,7 +220,9 @@ def padded_attention(
 
     T = q.shape[2]
     if B == 0 or max_seqlen_q == 0:
-        return o.new_zeros(1, spec.H, T, spec.D_v), lse.new_full((1, spec.H, T), -math.inf)
+        nothing = sum(t[..., :0].sum() for t in (q, k, v))  # 0, and still a function of each
+        lse = lse.new_full((1, spec.H, T), -math.inf) + nothing
+        return o.new_zeros(1, spec.H, T, spec.D_v) + nothing.to(o.dtype), lse.to(torch.promote_types(o.dtype, torch.float32))
     t = torch.arange(T, device=device, dtype=cu_seqlens_q.dtype)
     b = torch.searchsorted(cu_seqlens_q, t, right=True) - 1
     packed = b < B

@@ -1,0 +1,101 @@
+"""Packed sequences: each against the reference, which runs one sequence at a time."""
+
+from __future__ import annotations
+
+import cases
+import pytest
+import torch
+from parity import check, inputs_of, options_of, packed_of
+
+import fastattn
+from fastattn.testing import make_inputs
+
+
+@pytest.mark.parametrize("backend", ["triton", "eager"])
+@pytest.mark.parametrize("case", cases.VARLEN, ids=str)
+def test_varlen(case: cases.Case, backend: str, device: torch.device):
+    check(backend, *inputs_of(case, device), *options_of(case, device), packed_of(case, device))
+
+
+def cu(*lengths: int, device: torch.device) -> torch.Tensor:
+    return torch.tensor([0, *lengths], device=device).cumsum(0).int()
+
+
+def test_one_sequence_is_attention(device):
+    """To the bit: packing changes where rows lie and nothing else."""
+    q, k, v = make_inputs(*[(1, 2, 50, 16)] * 3, device=device)
+    rows = cu(50, device=device)
+    packed = [t[0].transpose(0, 1) for t in (q, k, v)]
+    for options in ({"causal": True}, {"window": (9, 4)}, {"dropout_p": 0.3}):
+        torch.manual_seed(0)
+        expected = fastattn.attention(q, k, v, backend="triton", **options)
+        torch.manual_seed(0)
+        o = fastattn.varlen_attention(*packed, rows, rows, 50, 50, backend="triton", **options)
+        assert torch.equal(o.transpose(0, 1)[None], expected)
+
+
+def test_a_sequence_does_not_depend_on_its_neighbours(device):
+    q, k, v = make_inputs(*[(70, 2, 16)] * 3, device=device)
+    rows = cu(20, 37, 13, device=device)
+    whole, lse = fastattn.varlen_attention(
+        q, k, v, rows, rows, 37, 37, causal=True, window=(11, None), return_lse=True, backend="triton"
+    )
+    alone = cu(37, device=device)
+    o, own_lse = fastattn.varlen_attention(
+        *(t[20:57] for t in (q, k, v)), alone, alone, 37, 37, causal=True, window=(11, None), return_lse=True,
+        backend="triton",
+    )  # fmt: skip
+    assert torch.equal(whole[20:57], o)
+    assert torch.equal(lse[:, 20:57], own_lse)
+
+
+def test_garbage_after_the_last_sequence_never_leaks(device):
+    q, k, v = (t.requires_grad_() for t in make_inputs(*[(50, 2, 16)] * 3, device=device))
+    rows = cu(13, 20, device=device)
+    with torch.no_grad():
+        for t in (q, k, v):
+            t[33:] = torch.nan
+    o, lse = fastattn.varlen_attention(q, k, v, rows, rows, 20, 20, causal=True, return_lse=True, backend="triton")
+    assert (o[33:] == 0).all()
+    assert (lse[:, 33:] == -torch.inf).all()
+    grads = torch.autograd.grad(o[:33].square().sum() + lse[:, :33].sum(), (q, k, v))
+    for grad in grads:
+        assert grad.isfinite().all()
+        assert (grad[33:] == 0).all()
+
+
+@pytest.mark.parametrize("backend", ["triton", "eager"])
+@pytest.mark.parametrize("T", [0, 5])
+def test_no_sequences(backend, T, device):
+    q, k, v = (t.requires_grad_() for t in make_inputs(*[(T, 2, 16)] * 3, device=device))
+    rows = cu(device=device)
+    o, lse = fastattn.varlen_attention(q, k, v, rows, rows, 0, 0, return_lse=True, backend=backend)
+    assert torch.equal(o, torch.zeros_like(q))
+    assert torch.equal(lse, torch.full((2, T), -torch.inf, device=device))
+    for grad in torch.autograd.grad(o.sum(), (q, k, v)):
+        assert torch.equal(grad, torch.zeros_like(q))
+
+
+def test_max_seqlen_may_be_a_tensor_or_too_large(device):
+    q, k, v = make_inputs(*[(33, 2, 16)] * 3, device=device)
+    rows = cu(13, 20, device=device)
+    expected = fastattn.varlen_attention(q, k, v, rows, rows, 20, 20, backend="triton")
+    for longest in (torch.tensor(20), torch.tensor([20], device=device), 33, 4096):
+        assert torch.equal(fastattn.varlen_attention(q, k, v, rows, rows, longest, longest, backend="triton"), expected)
+        actual = fastattn.varlen_attention(q, k, v, rows, rows, longest, longest, backend="eager")
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_bias_sized_by_a_larger_max_seqlen(device):
+    """Entries beyond the longest sequence get a gradient of 0."""
+    q, k, v = make_inputs(*[(33, 2, 16)] * 3, device=device)
+    (bias,) = make_inputs((2, 40, 40), device=device)
+    rows = cu(13, 20, device=device)
+    results = []
+    for backend in ("triton", "eager"):
+        leaf = bias.clone().requires_grad_()
+        o = fastattn.varlen_attention(q, k, v, rows, rows, 40, 40, bias=leaf, backend=backend)
+        results.append((o, *torch.autograd.grad(o.square().sum(), leaf)))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+    assert (results[0][1][:, 20:] == 0).all()
+    assert (results[0][1][:, :, 20:] == 0).all()

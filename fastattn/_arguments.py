@@ -207,7 +207,7 @@ def sequences(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k) -
             f"{fn}: `cu_seqlens_k` has {cu[1].shape[0]} entries and `cu_seqlens_q` has {cu[0].shape[0]}; "
             "both must have one more than there are sequences."
         )
-    return Sequences(*cu, max_seqlen_q, max_seqlen_k)
+    return Sequences(cu[0], cu[1], max_seqlen_q, max_seqlen_k)
 
 
 def check_cu_seqlens(fn: str, name: str, t: Any, device: torch.device) -> None:
@@ -315,11 +315,12 @@ def check_attention_features(
     fn: str, q: Tensor, k: Tensor, bias, mask, alibi_slopes, sinks, packed: Sequences | None = None
 ) -> None:
     """The optional tensors of attention against the shapes of q and k, or of packed sequences."""
-    B, H, S_q, _ = q.shape
-    S_k, axes = k.shape[2], "(B, H, S_q, S_k)"
+    B, H = q.shape[:2]
+    lengths: tuple[int | None, ...] = (q.shape[2], k.shape[2])
+    axes = "(B, H, S_q, S_k)"
     if packed is not None:
         B, axes = packed.B, "(B, H, max_seqlen_q, max_seqlen_k)"
-        S_q, S_k = known_length(packed.max_seqlen_q), known_length(packed.max_seqlen_k)
+        lengths = known_length(packed.max_seqlen_q), known_length(packed.max_seqlen_k)
     for name, t in (("bias", bias), ("mask", mask), ("alibi_slopes", alibi_slopes), ("sinks", sinks)):
         if t is None:
             continue
@@ -336,7 +337,7 @@ def check_attention_features(
         else:
             check_float_dtype(fn, name, t.dtype)
         if name in ("bias", "mask"):
-            sizes = zip((B, H, S_q, S_k), ((1,) * 4 + tuple(t.shape))[-4:], strict=True)
+            sizes = zip((B, H, *lengths), ((1,) * 4 + tuple(t.shape))[-4:], strict=True)
             target = tuple(own if size is None else size for size, own in sizes)
             check_broadcast(fn, name, t.shape, target, axes)
     if alibi_slopes is not None and alibi_slopes.shape not in ((H,), (B, H)):

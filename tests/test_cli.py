@@ -60,6 +60,9 @@ def test_explain_says_what_runs_and_why_not_the_others() -> None:
         ("attention", "torch scaled_dot_product_attention"),
         ("attention --shape 1 4 33 16 --kv-heads 2 --keys 47 --softcap 30", "has no softcap"),
         ("attention --causal bottom_right --keys 2000 --window 5 -1 --dtype float32", "where q, k and v are seen"),
+        ("varlen_attention", "has no packed sequences"),
+        ("varlen_attention --lengths 5 0 33 --keys 7 9 40 --kv-heads 2 --causal bottom_right", "no packed sequences"),
+        ("varlen_attention --heads 4 --head-dim 20 --causal --window 9 0 --softcap 30", "has no softcap"),
         ("layer_norm --shape 3 5 64", "torch layer_norm"),
         ("softmax --shape 2 8 8 --dim 1 --dtype float64", "torch softmax"),
         ("softmax --shape 2 8 8 --causal", "softmax has no mask"),
@@ -68,7 +71,7 @@ def test_explain_says_what_runs_and_why_not_the_others() -> None:
 def test_explain_passes_its_options_on(arguments: str, how: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", *arguments.split(), "--device", "cpu", "--backend", "eager"]) == 0
     title, triton, eager, _ = capsys.readouterr().out.splitlines()
-    assert title == f"{arguments.split()[0]} on cpu: eager"
+    assert title == f"{arguments.split()[0].removeprefix('varlen_')} on cpu: eager"
     assert triton == "  triton     passed over: backend='eager' was asked for"
     assert eager.startswith("  eager      runs: ")
     assert how in eager
@@ -98,6 +101,8 @@ def test_inspect_leaves_the_interpreter_by_itself(tmp_path: Path) -> None:
         ("explain attention --backend fastest", "argument --backend: invalid choice: 'fastest'"),
         ("explain attention --device cpu --shape 2 8 16", "argument --shape: expected 4 arguments"),
         ("explain attention --device cpu --causal --keys 7", "causal=True` is ambiguous"),
+        ("explain varlen_attention --device cpu --causal --keys 7 9 4", "causal=True` is ambiguous"),
+        ("explain varlen_attention --device cpu --keys 7", "`cu_seqlens_k` has 2 entries and `cu_seqlens_q` has 4"),
         ("explain softmax --device cpu --dim 5", "`dim` is 5"),
         ("inspect --arch sm_75", "argument --arch: invalid choice: 'sm_75'"),
     ],

@@ -257,7 +257,7 @@ VARLEN_VALUES = [
     varlen("bias_device", "`bias` is on meta", "`q` on", "one device", bias=T((4, 5), device="meta")),
     varlen("mask_heads", "`mask` has shape (2, 2, 4, 5)", PACKED_SCORES, mask=bools(2, 2, 4, 5)),
     varlen("mask_empty", "`mask` has shape (0, 5)", PACKED_SCORES, mask=bools(0, 5)),
-    varlen("alibi_of_kv_heads", "`alibi_slopes` has shape (2,)", "(H,) = (4,) or (B, H) = (2, 4)", alibi_slopes=T((2,))),
+    varlen("alibi_kv_heads", "`alibi_slopes` has shape (2,)", "(H,) = (4,) or (B, H) = (2, 4)", alibi_slopes=T((2,))),
     varlen("alibi_batch", "`alibi_slopes` has shape (1, 4)", "(B, H) = (2, 4)", alibi_slopes=T((1, 4))),
     varlen("sinks_shape", "`sinks` has shape (2, 4)", "(H,) = (4,)", sinks=T((2, 4))),
 ]
@@ -271,7 +271,7 @@ VARLEN_LENGTHS = [
     varlen("max_q", "`max_seqlen_q` is 3 and `cu_seqlens_q` has a sequence of 4", "or more", max_q=3),
     varlen("max_k", "`max_seqlen_k` is 0 and `cu_seqlens_k` has a sequence of 5", "or more", max_k=0),
     varlen("max_q_tensor", "`max_seqlen_q` is 1 and `cu_seqlens_q` has a sequence of 4", max_q=T((1,), torch.int64)),
-    varlen("bias_max_tensor", "`bias` has shape (4, 4)", PACKED_SCORES, bias=T((4, 4)), max_k=replace(i32(5), shape=())),
+    varlen("bias_max_tensor", "`bias` has shape (4, 4)", PACKED_SCORES, bias=T((4, 4)), max_k=i32(5)),
 ]
 SDPA_TYPES = [
     sdpa("query_list", "`query` is a list", TENSOR, query=[1.0]),

@@ -41,14 +41,24 @@ class Call:
     def arguments(self, device: torch.device) -> tuple[tuple, dict[str, Any]]:
         args = (torch.ones(shape, dtype=self.dtype, device=device) for shape in self.shapes)
         tensors = {name: torch.ones(shape, dtype=t, device=device) for name, (shape, t) in self.tensors.items()}
-        row = (8,) if self.fn is fastattn.layer_norm else ()
-        return (*args, *row), {**tensors, **self.options}
+        others: tuple = ()
+        if self.fn is fastattn.layer_norm:
+            others = (8,)
+        elif self.fn is fastattn.varlen_attention:
+            others = *(torch.tensor(cu, dtype=torch.int32, device=device) for cu in ([0, 3, 7], [0, 4, 9])), 4, 5
+        return (*args, *others), {**tensors, **self.options}
 
 
 def attention(name: str, why: str = "", D: int = 8, D_v: int = 8, dtype=torch.float32, tensors=(), **options) -> Call:
     shapes = ((2, 4, 5, D), (2, 2, 5, D), (2, 2, 5, D_v))
     backend = "eager" if why else "triton"
     return Call(name, fastattn.attention, shapes, backend, why, dtype, options, dict(tensors))
+
+
+def varlen(name: str, why: str = "", D: int = 8, dtype=torch.float32, tensors=(), **options) -> Call:
+    backend = "eager" if why else "triton"
+    shapes = ((7, 4, D), (9, 2, D), (9, 2, D))
+    return Call(name, fastattn.varlen_attention, shapes, backend, why, dtype, options, dict(tensors))
 
 
 def sdpa(name: str, why: str = "", shape=(2, 4, 5, 8), tensors=(), **options) -> Call:
@@ -69,18 +79,26 @@ CALLS = [
     attention("lse", return_lse=True),
     attention("deterministic", deterministic=True),
     attention("float64", "dtype float64", dtype=F64),
-    attention("width", "head dimension of q and k is 12", D=12),
-    attention("value_width", "head dimension of v is 264", D_v=264),
-    attention("softcap", "softcap", softcap=2.0),
-    attention("bias", "bias", tensors={"bias": FLOATS}),
-    attention("mask", "mask", tensors={"mask": BOOLS}),
-    attention("alibi", "alibi", tensors={"alibi_slopes": PER_HEAD}),
-    attention("sinks", "sinks", tensors={"sinks": PER_HEAD}),
+    attention("width", "head dimension of q and k is 577", D=577),
+    attention("value_width", "head dimension of v is 600", D_v=600),
+    attention("odd_widths", D=13, D_v=1),
+    attention("softcap", softcap=2.0),
+    attention("bias", tensors={"bias": FLOATS}),
+    attention("mask", tensors={"mask": BOOLS}),
+    attention("alibi", tensors={"alibi_slopes": PER_HEAD}),
+    attention("sinks", tensors={"sinks": PER_HEAD}),
+    attention("float64_bias", tensors={"bias": ((5, 5), F64)}),
+    varlen("plain"),
+    varlen("causal_mask_dropout", causal="bottom_right", dropout_p=0.5, tensors={"mask": ((4, 5), torch.bool)}),
+    varlen("softcap_alibi", softcap=2.0, window=(2, None), tensors={"alibi_slopes": ((2, 4), torch.float32)}),
+    varlen("float64", "dtype float64", dtype=F64),
+    varlen("width", "head dimension of q and k is 577", D=577),
     sdpa("plain"),
     sdpa("causal", is_causal=True),
     sdpa("three_dimensions", shape=(4, 5, 8)),
-    sdpa("mask", "mask", tensors={"attn_mask": BOOLS}),
-    sdpa("bias", "bias", tensors={"attn_mask": FLOATS}),
+    sdpa("mask", tensors={"attn_mask": BOOLS}),
+    sdpa("bias", tensors={"attn_mask": FLOATS}),
+    sdpa("width", "head dimension of q and k is 577", shape=(2, 4, 5, 577)),
     rows(fastattn.layer_norm, "plain"),
     rows(fastattn.layer_norm, "affine", tensors={"weight": ((8,), torch.float16), "bias": ((8,), torch.float32)}),
     rows(fastattn.layer_norm, "float64", "dtype float64", dtype=F64),

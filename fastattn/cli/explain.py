@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
 
 import torch
 
@@ -18,12 +21,21 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
     attention = functions.add_parser("attention", help="fused attention")
     attention.add_argument("--shape", type=int, nargs=4, default=(2, 8, 1024, 64), metavar=("B", "H", "S_q", "D"))
-    attention.add_argument("--kv-heads", type=int, metavar="H_kv", help="heads of k and v; default: H")
     attention.add_argument("--keys", type=int, metavar="S_k", help="length of k and v; default: S_q")
-    attention.add_argument("--window", type=int, nargs=2, metavar=("LEFT", "RIGHT"), help="-1: unbounded")
-    attention.add_argument("--softcap", type=float)
-    add_causal(attention)
     attention.set_defaults(call=attention_call)
+
+    varlen = functions.add_parser("varlen_attention", help="the same over packed sequences of unequal lengths")
+    varlen.add_argument("--lengths", type=int, nargs="+", default=(1000, 24, 511), metavar="S_q")
+    varlen.add_argument("--keys", type=int, nargs="+", metavar="S_k", help="lengths of k and v; default: --lengths")
+    varlen.add_argument("--heads", type=int, default=8, metavar="H")
+    varlen.add_argument("--head-dim", type=int, default=64, metavar="D")
+    varlen.set_defaults(call=varlen_attention_call)
+
+    for function in (attention, varlen):
+        function.add_argument("--kv-heads", type=int, metavar="H_kv", help="heads of k and v; default: H")
+        function.add_argument("--window", type=int, nargs=2, metavar=("LEFT", "RIGHT"), help="-1: unbounded")
+        function.add_argument("--softcap", type=float)
+        add_causal(function)
 
     layer_norm = functions.add_parser("layer_norm", help="layer normalisation over the last dimension")
     layer_norm.add_argument("--shape", type=int, nargs="+", default=(4096, 1024), metavar="SIZE")
@@ -36,7 +48,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     softmax.set_defaults(call=softmax_call)
 
     gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-    for function in (attention, layer_norm, softmax):
+    for function in (attention, varlen, layer_norm, softmax):
         function.add_argument("--dtype", choices=DTYPES, default="bfloat16")
         function.add_argument("--device", choices=(*gpus, "cpu"), default=gpus[0] if gpus else "cpu")
         function.add_argument("--backend", choices=backends.ORDER, help="ask for this one, as backend= does")
@@ -61,10 +73,33 @@ def attention_call(args: argparse.Namespace) -> backends.Explanation:
     H_kv = H if args.kv_heads is None else args.kv_heads
     S_k = S_q if args.keys is None else args.keys
     q, k, v = empty(args, B, H, S_q, D), empty(args, B, H_kv, S_k, D), empty(args, B, H_kv, S_k, D)
-    window = None if args.window is None else tuple(None if side == -1 else side for side in args.window)
-    return fastattn.explain(
-        fastattn.attention, q, k, v, causal=args.causal, window=window, softcap=args.softcap, backend=args.backend
+    return fastattn.explain(fastattn.attention, q, k, v, **attention_options(args))
+
+
+def varlen_attention_call(args: argparse.Namespace) -> backends.Explanation:
+    lengths_q = args.lengths
+    lengths_k = lengths_q if args.keys is None else args.keys
+    H_kv = args.heads if args.kv_heads is None else args.kv_heads
+    q, k, v = (
+        empty(args, sum(lengths), heads, args.head_dim)
+        for lengths, heads in ((lengths_q, args.heads), (lengths_k, H_kv), (lengths_k, H_kv))
     )
+    cu_seqlens_q = cu_seqlens(args, lengths_q)
+    cu_seqlens_k = cu_seqlens_q if args.keys is None else cu_seqlens(args, lengths_k)  # one tensor: causal is clear
+    return fastattn.explain(
+        fastattn.varlen_attention,
+        *(q, k, v, cu_seqlens_q, cu_seqlens_k, max(lengths_q), max(lengths_k)),
+        **attention_options(args),
+    )
+
+
+def cu_seqlens(args: argparse.Namespace, lengths: Sequence[int]) -> torch.Tensor:
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=args.device)
+
+
+def attention_options(args: argparse.Namespace) -> dict[str, Any]:
+    window = None if args.window is None else tuple(None if side == -1 else side for side in args.window)
+    return {"causal": args.causal, "window": window, "softcap": args.softcap, "backend": args.backend}
 
 
 def layer_norm_call(args: argparse.Namespace) -> backends.Explanation:

@@ -114,6 +114,22 @@ def attention_backward(
         launch(Grads(*grad_inputs), do, dlse, Inputs(*inputs), o, lse, spec)
 
 
+def attention_tangents(
+    to: Tensor,
+    tlse: Tensor,
+    tangents: tuple[Tensor | None, ...],
+    inputs: tuple[Tensor | None, ...],
+    o: Tensor,
+    lse: Tensor,
+    spec: AttentionSpec,
+) -> None:
+    from fastattn.backends.triton.attention_common import Inputs
+    from fastattn.backends.triton.attention_jvp import Tangents, launch
+
+    with _on(o):
+        launch(to, tlse, Tangents(*tangents), Inputs(*inputs), o, lse, spec)
+
+
 def _rows(t: Tensor, n_dims: int) -> Tensor:
     """(…, *row) -> (M, N); a view where strides allow, else a copy."""
     return t.flatten(t.dim() - n_dims).flatten(0, -2) if t.dim() > n_dims else t.reshape(1, -1)

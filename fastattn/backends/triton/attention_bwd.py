@@ -283,6 +283,7 @@ def launch(grads: Grads, do: Tensor | None, dlse: Tensor | None, x: Inputs, o: T
     """Fill the gradients that are not None, from the gradients of o and lse that are not None."""
     if do is None:
         do = o.new_zeros(()).expand(o.shape)
+    lse = lse.contiguous()  # vmap hands out expanded ones
     cfg = backward_config(x.arch, spec.D, spec.D_v, spec.dtype)
     delta = torch.empty_like(lse)
     run_dq(grads, delta, do, dlse, x, o, lse, spec, cfg.dq)

@@ -9,22 +9,24 @@ import torch
 from fastattn.backends.triton.attention_bwd import attention_backward_dkdv_kernel, attention_backward_dq_kernel
 from fastattn.backends.triton.attention_bwd_bias import attention_backward_dbias_kernel
 from fastattn.backends.triton.attention_fwd import attention_forward_kernel
+from fastattn.backends.triton.attention_jvp import attention_jvp_kernel
 from fastattn.backends.triton.blocks.features import Features
-from fastattn.backends.triton.configs import Columns, TileConfig, backward_config, forward_config
+from fastattn.backends.triton.configs import Columns, TileConfig, backward_config, forward_config, jvp_config
 from fastattn.backends.triton.inspection import KernelCase
 
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _POINTERS = {  # those whose type is not that of q, k and v
-    **dict.fromkeys(("LSE", "DELTA", "DLSE", "SLOPES", "SINKS", "DSLOPES", "DSINKS"), "fp32"),
+    **dict.fromkeys(("LSE", "DELTA", "SLOPES", "SINKS"), "fp32"),
+    **dict.fromkeys(("DLSE", "DSLOPES", "DSINKS", "TLSE", "TSLOPES", "TSINKS"), "fp32"),
     **dict.fromkeys(("CU_SEQLENS_Q", "CU_SEQLENS_K", "TILES"), "i32"),
     "MASK": "u8",
     "SEED": "i64",
 }
 _OF_FEATURE = {  # pointers that are None while the feature is off
-    "BIAS": ("BIAS",),
+    "BIAS": ("BIAS", "TBIAS"),
     "MASK": ("MASK", "TILES"),
-    "ALIBI": ("SLOPES", "DSLOPES"),
-    "SINKS": ("SINKS", "DSINKS"),
+    "ALIBI": ("SLOPES", "DSLOPES", "TSLOPES"),
+    "SINKS": ("SINKS", "DSINKS", "TSINKS"),
     "DROPOUT": ("SEED",),
     "VARLEN": ("CU_SEQLENS_Q", "CU_SEQLENS_K"),
 }
@@ -149,4 +151,16 @@ def backward_cases(arch: str) -> list[KernelCase]:
             cases.append(
                 _case("attention_bwd_dbias", attention_backward_dbias_kernel, v, cfg.dq, REDUCE_M=False, REDUCE_N=False)
             )
+    return cases
+
+
+def jvp_cases(arch: str) -> list[KernelCase]:
+    """With the tangents of all inputs; fewer variants than of the gradients, since it is the same blocks again."""
+    names = ("causal", "window", "bias", "dropout", "everything")
+    cases = []
+    for v in _variants():
+        if v.name.startswith(names) and max(v.D, v.D_v) <= 256:
+            cfg = jvp_config(arch, v.D, v.D_v or v.D, v.dtype)
+            given = Features(BIAS=v.features.BIAS, ALIBI=v.features.ALIBI)
+            cases.append(_case("attention_jvp", attention_jvp_kernel, v, cfg, F_T=given))
     return cases

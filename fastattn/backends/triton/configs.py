@@ -104,6 +104,13 @@ _TILES: dict[str, dict[str, dict[int, TileConfig]]] = {
             256: TileConfig(32, 32, 4, 2),
             MAX_HEAD_DIM: TileConfig(16, 16, 8, 1),
         },
+        "jvp": {
+            64: TileConfig(128, 16, 8, 3),
+            96: TileConfig(128, 16, 8, 2),
+            128: TileConfig(32, 32, 8, 2),
+            256: TileConfig(32, 32, 4, 2),
+            MAX_HEAD_DIM: TileConfig(16, 32, 8, 1),
+        },
     },
     "sm_90": {
         "forward": {
@@ -122,6 +129,12 @@ _TILES: dict[str, dict[str, dict[int, TileConfig]]] = {
             64: TileConfig(32, 128, 8, 3),
             128: TileConfig(32, 64, 8, 2),
             256: TileConfig(32, 64, 8, 2),
+            MAX_HEAD_DIM: TileConfig(32, 32, 8, 1),
+        },
+        "jvp": {
+            64: TileConfig(128, 32, 8, 3),
+            128: TileConfig(128, 32, 8, 2),
+            256: TileConfig(64, 32, 8, 2),
             MAX_HEAD_DIM: TileConfig(32, 32, 8, 1),
         },
     },
@@ -144,6 +157,12 @@ _TILES: dict[str, dict[str, dict[int, TileConfig]]] = {
             256: TileConfig(32, 64, 8, 2),
             MAX_HEAD_DIM: TileConfig(32, 32, 8, 1),
         },
+        "jvp": {
+            64: TileConfig(128, 32, 8, 3),
+            128: TileConfig(128, 32, 8, 2),
+            256: TileConfig(64, 32, 8, 2),
+            MAX_HEAD_DIM: TileConfig(32, 32, 8, 1),
+        },
     },
     "gfx942": {
         "forward": {
@@ -164,11 +183,18 @@ _TILES: dict[str, dict[str, dict[int, TileConfig]]] = {
             256: TileConfig(32, 32, 4, 1),
             MAX_HEAD_DIM: TileConfig(16, 16, 8, 1),
         },
+        "jvp": {
+            64: TileConfig(64, 32, 4, 1),
+            128: TileConfig(64, 16, 4, 1),
+            256: TileConfig(32, 16, 4, 1),
+            MAX_HEAD_DIM: TileConfig(16, 16, 8, 1),
+        },
     },
     "interpret": {  # small, and not square, so that small tests have many tiles of every kind
         "forward": {MAX_HEAD_DIM: TileConfig(32, 16, 4, 1)},
         "dq": {MAX_HEAD_DIM: TileConfig(32, 16, 4, 1)},
         "dkdv": {MAX_HEAD_DIM: TileConfig(16, 32, 4, 1)},
+        "jvp": {MAX_HEAD_DIM: TileConfig(32, 16, 4, 1)},
     },
 }
 _LIKE = {"sm_86": "sm_80", "sm_89": "sm_80", "sm_120": "sm_80"}
@@ -192,6 +218,9 @@ def shared_memory(kernel: str, cfg: TileConfig, D: int, D_v: int, element_size: 
     resident, streamed = (n, m) if kernel == "dkdv" else (m, n)
     width = Columns.of(D).width + Columns.of(D_v).width
     kept = resident * (Columns.of(D).width if kernel == "forward" else width)
+    if kernel == "jvp":  # q and its tangent; k, v and, where tiles are loaded ahead, room for theirs too
+        kept = resident * 2 * Columns.of(D).width
+        streamed *= min(cfg.num_stages, 2)
     return kept + cfg.num_stages * streamed * width + cfg.BLOCK_M * n
 
 
@@ -238,6 +267,11 @@ def forward_config(arch: str, D: int, D_v: int, dtype: torch.dtype) -> TileConfi
 @cache
 def backward_config(arch: str, D: int, D_v: int, dtype: torch.dtype) -> BackwardConfig:
     return BackwardConfig(dq=_tile("dq", arch, D, D_v, dtype), dkdv=_tile("dkdv", arch, D, D_v, dtype))
+
+
+@cache
+def jvp_config(arch: str, D: int, D_v: int, dtype: torch.dtype) -> TileConfig:
+    return _tile("jvp", arch, D, D_v, dtype)
 
 
 def dot_precision(dtype: torch.dtype) -> str:

@@ -28,7 +28,7 @@ from triton.runtime.cache import get_cache_manager
 from triton.runtime.errors import PTXASError
 
 MODULES = tuple(
-    f"fastattn.backends.triton.{name}" for name in ("attention_fwd", "attention_bwd", "layer_norm", "softmax")
+    f"fastattn.backends.triton.{name}" for name in ("attention_fwd", "attention_bwd", "attention_jvp", "layer_norm", "softmax")
 )
 
 

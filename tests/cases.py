@@ -37,7 +37,7 @@ class Score:
 
 def _documents(x: Tensor) -> Tensor:
     """True inside documents of lengths 48, 7, 33, ... on the diagonal."""
-    lengths = (48, 7, 33, 20, 30, 9) * (1 + max(x.shape[-2:]) // 147)
+    lengths = (48, 7, 33, 20, 30, 9) * (1 + max(x.shape[-2:], default=1) // 147)
     document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     i, j = (document[:n] for n in (1, 1, *x.shape)[-2:])
     return (i[:, None] == j).broadcast_to(1, 1, *x.shape)[0, 0]

@@ -6,10 +6,13 @@ seed keys the dropout, if any.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from fastattn.backends import get
+from fastattn.ops.attention_jvp import fused_tangents
 from fastattn.ops.define import Definition, Operator
 from fastattn.spec import AttentionSpec
 
@@ -79,22 +82,21 @@ def _decode(tensors, scale, left, right, top_left, softcap, dropout_p) -> Attent
     )
 
 
-attention = Operator(
-    Definition(
-        name="attention",
-        function_name="AttentionFunction",
-        inputs=(*INPUTS[:3], *(f"{name}?" for name in INPUTS[3:])),
-        outputs=("o", "lse"),
-        differentiable=("o", "lse"),
-        saved=(*INPUTS, "o", "lse"),
-        scalars="float scale, int? left, int? right, bool top_left, float? softcap, float dropout_p",
-        encode=_encode,
-        decode=_decode,
-        allocate=_allocate,
-        launch=_launch,
-        allocate_grads=_allocate_grads,
-        launch_backward=_launch_backward,
-        reference=_reference,
-        batching="fold",
-    )
+_attention = Definition(
+    name="attention",
+    function_name="AttentionFunction",
+    inputs=(*INPUTS[:3], *(f"{name}?" for name in INPUTS[3:])),
+    outputs=("o", "lse"),
+    differentiable=("o", "lse"),
+    saved=(*INPUTS, "o", "lse"),
+    scalars="float scale, int? left, int? right, bool top_left, float? softcap, float dropout_p",
+    encode=_encode,
+    decode=_decode,
+    allocate=_allocate,
+    launch=_launch,
+    allocate_grads=_allocate_grads,
+    launch_backward=_launch_backward,
+    reference=_reference,
+    batching="fold",
 )
+attention = Operator(replace(_attention, tangents=fused_tangents(_attention)))

@@ -74,7 +74,7 @@ def _definition(attention: Definition) -> Definition:
         wanted = [grad is not None for grad in grad_tensors]
         found = vjp(lambda tensors: reference(tensors, spec), tuple(saved.values()), wanted, grads)
         for grad, value in zip(grad_tensors, found, strict=True):
-            if grad is not None:
+            if grad is not None and value is not None:
                 grad.copy_(value)
 
     inputs = (*attention.inputs, *attention.outputs, *(f"t{name}?" for name in _HAVE_TANGENTS))

@@ -52,7 +52,7 @@ def unsupported(spec: AttentionSpec | NormSpec | SoftmaxSpec, device: torch.devi
     if spec.dtype not in _DTYPES:
         return f"dtype {_name(spec.dtype)} (it has float16, bfloat16 and float32)"
     if isinstance(spec, AttentionSpec):
-        return _unsupported_attention(spec)
+        return _unsupported_attention(spec, device)
     if isinstance(spec, NormSpec):
         for argument, dtype in (("weight", spec.weight_dtype), ("bias", spec.bias_dtype)):
             if dtype is not None and dtype not in _DTYPES:
@@ -60,11 +60,22 @@ def unsupported(spec: AttentionSpec | NormSpec | SoftmaxSpec, device: torch.devi
     return None
 
 
-def _unsupported_attention(spec: AttentionSpec) -> str | None:
+def _unsupported_attention(spec: AttentionSpec, device: torch.device) -> str | None:
+    widest = max_head_dim(device, spec.dtype)
     for name, width in (("head dimension of q and k", spec.D), ("head dimension of v", spec.D_v)):
-        if not 1 <= width <= MAX_HEAD_DIM:
-            return f"{name} is {width} (it has 1 to {MAX_HEAD_DIM})"
+        if not 1 <= width <= widest:
+            return f"{name} is {width} (in {_name(spec.dtype)} it has tiles for 1 to {widest} on this device)"
     return None
+
+
+def max_head_dim(device: torch.device, dtype: torch.dtype) -> int:
+    """The widest head that shared memory has room for."""
+    from fastattn.backends.triton.configs import arch_of, widest_head
+
+    return widest_head(arch_of(device), dtype)
+
+
+max_head_dim._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _name(dtype: torch.dtype) -> str:

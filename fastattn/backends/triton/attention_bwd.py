@@ -290,7 +290,7 @@ def launch(grads: Grads, do: Tensor | None, dlse: Tensor | None, x: Inputs, o: T
     if grads.k is not None or grads.v is not None:
         run_dkdv(grads, delta, do, x, lse, spec, cfg.dkdv)
     if grads.bias is not None:
-        run_dbias(grads.bias, delta, do, x, lse, spec, cfg.dq)
+        run_dbias(grads.bias, delta, do, x, lse, spec, cfg.dbias)
 
 
 def run_dq(grads, delta, do, dlse, x: Inputs, o, lse, spec: AttentionSpec, cfg: TileConfig) -> None:

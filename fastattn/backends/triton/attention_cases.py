@@ -72,15 +72,15 @@ _SETS = {  # name -> (G, features, budget)
 }
 
 
-def _variants() -> list[Variant]:
+def _variants(arch: str) -> list[Variant]:
+    """Those for which the architecture has tiles."""
     causal = _features()
     common = [
         Variant(f"{name}/D{D}", D, G=G, features=features, budget=budget)
         for D in (64, 128)
         for name, (G, features, budget) in _SETS.items()
     ]
-    return [
-        *common,
+    widths = [
         Variant("causal/D96", 96, features=causal),
         Variant("causal/D128/fp16", 128, dtype=torch.float16, features=causal),
         Variant("causal/D64/fp32", 64, dtype=torch.float32, features=causal, budget="listed"),
@@ -89,6 +89,7 @@ def _variants() -> list[Variant]:
         Variant("causal/D512", 512, features=causal, budget="listed"),
         Variant("causal/D576x512", 576, 512, features=causal, budget="listed"),
     ]
+    return [v for v in (*common, *widths) if max(v.D, v.D_v) <= widest_head(arch, v.dtype)]
 
 
 def _case(prefix: str, kernel, variant: Variant, cfg: TileConfig, **more: object) -> KernelCase:
@@ -137,19 +138,19 @@ def _case(prefix: str, kernel, variant: Variant, cfg: TileConfig, **more: object
 def forward_cases(arch: str) -> list[KernelCase]:
     return [
         _case("attention_fwd", attention_forward_kernel, v, forward_config(arch, v.D, v.D_v or v.D, v.dtype))
-        for v in _variants()
+        for v in _variants(arch)
     ]
 
 
 def backward_cases(arch: str) -> list[KernelCase]:
     cases = []
-    for v in _variants():
+    for v in _variants(arch):
         cfg = backward_config(arch, v.D, v.D_v or v.D, v.dtype)
         cases.append(_case("attention_bwd_dq", attention_backward_dq_kernel, v, cfg.dq))
         cases.append(_case("attention_bwd_dkdv", attention_backward_dkdv_kernel, v, cfg.dkdv))
         if v.features.BIAS:
             cases.append(
-                _case("attention_bwd_dbias", attention_backward_dbias_kernel, v, cfg.dq, REDUCE_M=False, REDUCE_N=False)
+                _case("attention_bwd_dbias", attention_backward_dbias_kernel, v, cfg.dbias, REDUCE_M=False, REDUCE_N=False)
             )
     return cases
 
@@ -158,7 +159,7 @@ def jvp_cases(arch: str) -> list[KernelCase]:
     """With the tangents of all inputs; fewer variants than of the gradients, since it is the same blocks again."""
     names = ("causal", "window", "bias", "dropout", "everything")
     cases = []
-    for v in _variants():
+    for v in _variants(arch):
         if v.name.startswith(names) and max(v.D, v.D_v) <= 256:
             cfg = jvp_config(arch, v.D, v.D_v or v.D, v.dtype)
             given = Features(BIAS=v.features.BIAS, ALIBI=v.features.ALIBI)

@@ -6,8 +6,8 @@
     to = dropout(p ∘ ts) v - mu o + dropout(p) tv
 
 tx is the tangent of x and has its shape; a tangent that is None is zero and costs nothing. mu (M,) is known only after
-the last key, hence its product with o, which p ∘ (ts - mu) would not need. Shapes as in the forward; to (B, H, S_q, D_v)
-in o's dtype, tlse (B, H, S_q) fp32.
+the last key, hence its product with o, which p ∘ (ts - mu) would not need. Shapes as in the forward; to (B, H, S_q,
+D_v) in o's dtype, tlse (B, H, S_q) fp32.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from functools import cache
 import torch
 
 from fastattn.backends.triton import INTERPRET, MAX_HEAD_DIM
+from fastattn.errors import UnsupportedError
 
 # Shared memory one block may use, bytes: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"
 # (opt-in maximum); CDNA 3 ISA guide for gfx942.
@@ -74,10 +75,11 @@ class TileConfig:
 
 @dataclass(frozen=True)
 class BackwardConfig:
-    """The tiles of the two backward passes."""
+    """The tiles of the backward passes; the third runs where a bias has a gradient."""
 
     dq: TileConfig
     dkdv: TileConfig
+    dbias: TileConfig
 
     def __str__(self) -> str:
         return f"dq {self.dq}; dk, dv {self.dkdv}"
@@ -94,12 +96,14 @@ _TILES: dict[str, dict[str, dict[int, TileConfig]]] = {
         },
         "dq": {
             64: TileConfig(128, 32, 8, 3),
+            96: TileConfig(128, 32, 8, 2),
             128: TileConfig(64, 64, 8, 2),
             256: TileConfig(32, 32, 4, 2),
             MAX_HEAD_DIM: TileConfig(16, 32, 8, 1),
         },
         "dkdv": {
-            64: TileConfig(32, 64, 8, 3),
+            64: TileConfig(32, 64, 8, 2),
+            96: TileConfig(32, 64, 8, 2),
             128: TileConfig(64, 64, 8, 2),
             256: TileConfig(32, 32, 4, 2),
             MAX_HEAD_DIM: TileConfig(16, 16, 8, 1),
@@ -111,6 +115,7 @@ _TILES: dict[str, dict[str, dict[int, TileConfig]]] = {
             256: TileConfig(32, 32, 4, 2),
             MAX_HEAD_DIM: TileConfig(16, 32, 8, 1),
         },
+        "dbias": {MAX_HEAD_DIM: TileConfig(32, 32, 4, 1)},
     },
     "sm_90": {
         "forward": {
@@ -137,16 +142,17 @@ _TILES: dict[str, dict[str, dict[int, TileConfig]]] = {
             256: TileConfig(64, 32, 8, 2),
             MAX_HEAD_DIM: TileConfig(32, 32, 8, 1),
         },
+        "dbias": {128: TileConfig(64, 64, 8, 1), MAX_HEAD_DIM: TileConfig(32, 32, 4, 1)},
     },
     "sm_100": {
         "forward": {
-            64: TileConfig(128, 32, 8, 3),
+            64: TileConfig(128, 32, 8, 2),
             128: TileConfig(128, 64, 8, 3),
             256: TileConfig(128, 64, 8, 2),
             MAX_HEAD_DIM: TileConfig(64, 32, 8, 1),
         },
         "dq": {
-            64: TileConfig(128, 64, 8, 3),
+            64: TileConfig(128, 64, 8, 2),
             128: TileConfig(128, 32, 8, 2),
             256: TileConfig(64, 32, 8, 2),
             MAX_HEAD_DIM: TileConfig(32, 32, 8, 1),
@@ -158,11 +164,12 @@ _TILES: dict[str, dict[str, dict[int, TileConfig]]] = {
             MAX_HEAD_DIM: TileConfig(32, 32, 8, 1),
         },
         "jvp": {
-            64: TileConfig(128, 32, 8, 3),
+            64: TileConfig(128, 32, 8, 2),
             128: TileConfig(128, 32, 8, 2),
             256: TileConfig(64, 32, 8, 2),
             MAX_HEAD_DIM: TileConfig(32, 32, 8, 1),
         },
+        "dbias": {128: TileConfig(64, 32, 4, 1), MAX_HEAD_DIM: TileConfig(32, 32, 4, 1)},
     },
     "gfx942": {
         "forward": {
@@ -189,11 +196,13 @@ _TILES: dict[str, dict[str, dict[int, TileConfig]]] = {
             256: TileConfig(32, 16, 4, 1),
             MAX_HEAD_DIM: TileConfig(16, 16, 8, 1),
         },
+        "dbias": {MAX_HEAD_DIM: TileConfig(32, 32, 4, 1)},
     },
     "interpret": {  # small, and not square, so that small tests have many tiles of every kind
         "forward": {MAX_HEAD_DIM: TileConfig(32, 16, 4, 1)},
         "dq": {MAX_HEAD_DIM: TileConfig(32, 16, 4, 1)},
         "dkdv": {MAX_HEAD_DIM: TileConfig(16, 32, 4, 1)},
+        "dbias": {MAX_HEAD_DIM: TileConfig(32, 16, 4, 1)},
         "jvp": {MAX_HEAD_DIM: TileConfig(32, 16, 4, 1)},
     },
 }
@@ -240,9 +249,11 @@ def illegal(kernel: str, cfg: TileConfig, arch: str, D: int, D_v: int, element_s
 
 def fit(kernel: str, cfg: TileConfig, arch: str, D: int, D_v: int, element_size: int) -> TileConfig:
     """The tile, with stages and then rows of its longer side taken away until it is legal."""
-    while illegal(kernel, cfg, arch, D, D_v, element_size):
+    while why := illegal(kernel, cfg, arch, D, D_v, element_size):
         if cfg.num_stages > 1:
             cfg = replace(cfg, num_stages=cfg.num_stages - 1)
+        elif cfg.BLOCK_M == cfg.BLOCK_N == _SMALLEST:
+            raise UnsupportedError(f"the {kernel} kernel has no tile small enough for D = {D}, D_v = {D_v}: {why}")
         elif cfg.BLOCK_M > cfg.BLOCK_N:
             cfg = replace(cfg, BLOCK_M=cfg.BLOCK_M // 2)
         else:
@@ -266,12 +277,27 @@ def forward_config(arch: str, D: int, D_v: int, dtype: torch.dtype) -> TileConfi
 
 @cache
 def backward_config(arch: str, D: int, D_v: int, dtype: torch.dtype) -> BackwardConfig:
-    return BackwardConfig(dq=_tile("dq", arch, D, D_v, dtype), dkdv=_tile("dkdv", arch, D, D_v, dtype))
+    return BackwardConfig(*(_tile(kernel, arch, D, D_v, dtype) for kernel in ("dq", "dkdv", "dbias")))
 
 
 @cache
 def jvp_config(arch: str, D: int, D_v: int, dtype: torch.dtype) -> TileConfig:
     return _tile("jvp", arch, D, D_v, dtype)
+
+
+@cache
+def widest_head(arch: str, dtype: torch.dtype) -> int:
+    """The largest head dimension, up to MAX_HEAD_DIM, for which every kernel has a legal tile."""
+    widest = 0
+    for D in (64, 128, 192, 256, 320, 384, 512, MAX_HEAD_DIM):
+        try:
+            forward_config(arch, D, D, dtype)
+            backward_config(arch, D, D, dtype)
+            jvp_config(arch, D, D, dtype)
+        except UnsupportedError:
+            break
+        widest = D
+    return widest
 
 
 def dot_precision(dtype: torch.dtype) -> str:

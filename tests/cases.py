@@ -130,7 +130,10 @@ HEADS = [
     case("gqa_of_3", 20, 20, H=6, H_kv=2, window=(7, 2)),
 ]
 WIDTHS = [
-    *(case(f"width_{D}", 17, 20, D=D, causal="bottom_right") for D in (1, 7, 8, 24, 33, 40, 64, 80, 96, 128, 160, 256, 320, 512)),
+    *(
+        case(f"width_{D}", 17, 20, D=D, causal="bottom_right")
+        for D in (1, 7, 8, 24, 33, 40, 64, 80, 96, 128, 160, 256, 320, 512)
+    ),
     case("value_wider", 20, 20, D=16, D_v=40),
     case("value_narrower", 20, 20, D=64, D_v=8, causal=True),
     case("mla_192x128", 33, 40, D=192, D_v=128, causal="bottom_right"),

@@ -116,7 +116,7 @@ PACKED_SCORES = "(B, H, max_seqlen_q, max_seqlen_k) = (2, 4, 4, 5)"
 LONGEST = "it must be an int, or an integer tensor of one element"
 BOUNDS = "(B + 1,): where each of B sequences begins, and where the last ends"
 HALVES = "it has float16, bfloat16 and float32"
-WIDTHS = "it has 1 to 576"
+WIDTHS = "in float32 it has tiles for 1 to "
 
 ATTENTION_TYPES = [
     attention("q_list", "`q` is a list", TENSOR, q=[[1.0]]),

@@ -44,9 +44,7 @@ def packed(*features: str, **options: Any) -> Callable[..., tuple[Tensor, Tensor
         rows = (t[0].transpose(0, 1) for t in (q, k, v))
         given = {name: tensors[name][:, :, :11, :11] if name == "bias" else tensors[name] for name in features}
         cu = torch.tensor(CU_SEQLENS, dtype=torch.int32, device=q.device)
-        return fastattn.varlen_attention(
-            *rows, cu, cu, 11, 11, return_lse=True, backend="triton", **options, **given
-        )
+        return fastattn.varlen_attention(*rows, cu, cu, 11, 11, return_lse=True, backend="triton", **options, **given)
 
     return call
 

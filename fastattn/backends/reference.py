@@ -53,7 +53,11 @@ def attention(
         if cu_seqlens_q is None or cu_seqlens_k is None:
             return _attention(q, k, v, spec, **call)
         longest = [
-            given if isinstance(given, (int, torch.SymInt)) else int(cu_seqlens.diff().amax()) if len(cu_seqlens) > 1 else 0
+            given
+            if isinstance(given, (int, torch.SymInt))
+            else int(cu_seqlens.diff().amax())
+            if len(cu_seqlens) > 1
+            else 0
             for given, cu_seqlens in zip(max_seqlens or (None, None), (cu_seqlens_q, cu_seqlens_k), strict=True)
         ]
         return padded_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *longest, spec, **call)

@@ -220,9 +220,14 @@ def padded_attention(
 
     T = q.shape[2]
     if B == 0 or max_seqlen_q == 0:
-        nothing = sum(t[..., :0].sum() for t in (q, k, v))  # 0, and still a function of each
+        tensors = (q, k, v, bias, *features.values())
+        nothing = sum(
+            t.flatten()[:0].sum() for t in tensors if t is not None and t.is_floating_point()
+        )  # 0, yet of each
         lse = lse.new_full((1, spec.H, T), -math.inf) + nothing
-        return o.new_zeros(1, spec.H, T, spec.D_v) + nothing.to(o.dtype), lse.to(torch.promote_types(o.dtype, torch.float32))
+        return o.new_zeros(1, spec.H, T, spec.D_v) + nothing.to(o.dtype), lse.to(
+            torch.promote_types(o.dtype, torch.float32)
+        )
     t = torch.arange(T, device=device, dtype=cu_seqlens_q.dtype)
     b = torch.searchsorted(cu_seqlens_q, t, right=True) - 1
     packed = b < B

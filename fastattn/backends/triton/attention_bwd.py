@@ -104,7 +104,7 @@ def attention_backward_dq_kernel(
     )  # fmt: skip
     w = head_window(w, h, F)
     scores = scores_of(
-        b, scale, softcap, SLOPES, stride_slope_b, stride_slope_h, BIAS, stride_bias_b, stride_bias_h, stride_bias_m,
+        b, B, scale, softcap, SLOPES, stride_slope_b, stride_slope_h, BIAS, stride_bias_b, stride_bias_h, stride_bias_m,
         stride_bias_n, F,
     )  # fmt: skip
     score = head_score(scores, h, F)
@@ -181,7 +181,8 @@ def _key_span(
         do = load_tile(next_head(do_heads, g, stride_doh), m_start, m, w.S_q, True, D_V)  # (M, D_v)
         lse = load_lse(LSE + g.to(tl.int64) * S_q, m, w.S_q)
         delta = tl.load(DELTA + g.to(tl.int64) * S_q + m, mask=m < w.S_q, other=0.0)
-        s, derivative = apply_score(inner(k, q, DOT), row, col, w, score, MASKED, F)  # (N, M)
+        # (N, M); a bias is always read under a mask here, because every tile may hold keys beyond S_k
+        s, derivative = apply_score(inner(k, q, DOT), row, col, w, score, True, F)
         p = probability(s, lse[None, :], score_factor(score, F))
         dropped = dropout_factor(row, col, head_dropout(drop, h_first + g), F)
         dp = inner(v, do, DOT) * dropped
@@ -224,7 +225,7 @@ def attention_backward_dkdv_kernel(
         stride_mask_n, F,
     )  # fmt: skip
     scores = scores_of(
-        b, scale, softcap, SLOPES, stride_slope_b, stride_slope_h, BIAS, stride_bias_b, stride_bias_h, stride_bias_m,
+        b, B, scale, softcap, SLOPES, stride_slope_b, stride_slope_h, BIAS, stride_bias_b, stride_bias_h, stride_bias_m,
         stride_bias_n, F,
     )  # fmt: skip
     h_first = h_kv * G
@@ -281,6 +282,11 @@ def attention_backward_dkdv_kernel(
 
 def launch(grads: Grads, do: Tensor | None, dlse: Tensor | None, x: Inputs, o: Tensor, lse: Tensor, spec) -> None:
     """Fill the gradients that are not None, from the gradients of o and lse that are not None."""
+    if x.B == 0:
+        for grad in grads:
+            if grad is not None:
+                grad.zero_()
+        return
     if do is None:
         do = o.new_zeros(()).expand(o.shape)
     lse = lse.contiguous()  # vmap hands out expanded ones
@@ -296,7 +302,9 @@ def launch(grads: Grads, do: Tensor | None, dlse: Tensor | None, x: Inputs, o: T
 def run_dq(grads, delta, do, dlse, x: Inputs, o, lse, spec: AttentionSpec, cfg: TileConfig) -> None:
     """delta, dq, and the gradients of slopes and sinks."""
     n_tiles = x.n_tiles(x.q.shape[2], cfg.BLOCK_M)
-    dslopes, dsinks = (None if g is None else lse.new_empty(n_tiles * spec.H) for g in (grads.alibi_slopes, grads.sinks))
+    dslopes, dsinks = (
+        None if g is None else lse.new_empty(n_tiles * spec.H) for g in (grads.alibi_slopes, grads.sinks)
+    )
     if n_tiles > 0:
         attention_backward_dq_kernel[(n_tiles * spec.H,)](
             DQ=grads.q, DELTA=delta, DSLOPES=dslopes, DSINKS=dsinks, Q=x.q, K=x.k, V=x.v, O=o, DO=do, LSE=lse, DLSE=dlse,

@@ -77,7 +77,7 @@ def attention_backward_dbias_kernel(
         spans = key_range(m_block, w, BLOCK_M, BLOCK_N, F)
         if (m_block * BLOCK_M < w.S_q) & (n_block >= spans.min) & (n_block < spans.max):
             scores = scores_of(
-                b, scale, softcap, SLOPES, stride_slope_b, stride_slope_h, BIAS, stride_bias_b, stride_bias_h,
+                b, B, scale, softcap, SLOPES, stride_slope_b, stride_slope_h, BIAS, stride_bias_b, stride_bias_h,
                 stride_bias_m, stride_bias_n, F,
             )  # fmt: skip
             score = head_score(scores, h, F)

@@ -11,7 +11,14 @@ from fastattn.backends.triton.attention_bwd_bias import attention_backward_dbias
 from fastattn.backends.triton.attention_fwd import attention_forward_kernel
 from fastattn.backends.triton.attention_jvp import attention_jvp_kernel
 from fastattn.backends.triton.blocks.features import Features
-from fastattn.backends.triton.configs import Columns, TileConfig, backward_config, forward_config, jvp_config
+from fastattn.backends.triton.configs import (
+    Columns,
+    TileConfig,
+    backward_config,
+    forward_config,
+    jvp_config,
+    widest_head,
+)
 from fastattn.backends.triton.inspection import KernelCase
 
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -150,7 +157,9 @@ def backward_cases(arch: str) -> list[KernelCase]:
         cases.append(_case("attention_bwd_dkdv", attention_backward_dkdv_kernel, v, cfg.dkdv))
         if v.features.BIAS:
             cases.append(
-                _case("attention_bwd_dbias", attention_backward_dbias_kernel, v, cfg.dbias, REDUCE_M=False, REDUCE_N=False)
+                _case(
+                    "attention_bwd_dbias", attention_backward_dbias_kernel, v, cfg.dbias, REDUCE_M=False, REDUCE_N=False
+                )
             )
     return cases
 

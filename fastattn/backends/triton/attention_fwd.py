@@ -6,6 +6,8 @@ q (B, H, S_q, D), k (B, H_kv, S_k, D), v (B, H_kv, S_k, D_v), any strides; o (B,
 Packed sequences are (1, H, T, D) with cu_seqlens. Source: Dao, "FlashAttention-2" (2023), algorithm 1.
 """
 
+import math
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -68,7 +70,7 @@ def _forward_span(
 
 
 @triton.jit
-def _restore_non_finite(
+def restore_non_finite(
     acc, v_rows, m, i_lo, i_hi, spans, w, D_V: tl.constexpr, BLOCK_N: tl.constexpr, F: tl.constexpr, DOT: tl.constexpr
 ):
     """Give each row the non-finite values that it sees and masked tiles left out: inf in one turn, -inf in the next.
@@ -112,7 +114,7 @@ def attention_forward_kernel(
     )  # fmt: skip
     w = head_window(w, h, F)
     scores = scores_of(
-        b, scale, softcap, SLOPES, stride_slope_b, stride_slope_h, BIAS, stride_bias_b, stride_bias_h, stride_bias_m,
+        b, B, scale, softcap, SLOPES, stride_slope_b, stride_slope_h, BIAS, stride_bias_b, stride_bias_h, stride_bias_m,
         stride_bias_n, F,
     )  # fmt: skip
     score = head_score(scores, h, F)
@@ -148,7 +150,7 @@ def attention_forward_kernel(
     if F.LEFT or F.RIGHT or F.MASK:
         if non_finite > 0:
             last = spans.left if F.MASK else spans.max
-            acc = _restore_non_finite(acc, v_rows, m, spans.min, last, spans, w, D_V, BLOCK_N, F, DOT)
+            acc = restore_non_finite(acc, v_rows, m, spans.min, last, spans, w, D_V, BLOCK_N, F, DOT)
 
     sink = load_sink(SINKS, h, b, B, F)
     o, lse = finish_softmax(acc, row_max, row_sum, score_factor(score, F), sink, F)
@@ -159,6 +161,10 @@ def attention_forward_kernel(
 
 def launch(o: Tensor, lse: Tensor, x: Inputs, spec: AttentionSpec) -> None:
     """Fill o and lse."""
+    if x.B == 0:
+        o.zero_()
+        lse.fill_(-math.inf)
+        return
     cfg = forward_config(x.arch, spec.D, spec.D_v, spec.dtype)
     grid = x.n_tiles(x.q.shape[2], cfg.BLOCK_M) * spec.H
     if grid == 0:

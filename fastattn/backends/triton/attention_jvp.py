@@ -27,7 +27,7 @@ from fastattn.backends.triton.attention_common import (
     strides,
     tile_arguments,
 )
-from fastattn.backends.triton.attention_fwd import _restore_non_finite
+from fastattn.backends.triton.attention_fwd import restore_non_finite
 from fastattn.backends.triton.blocks.block_range import key_range, listed, tile_at
 from fastattn.backends.triton.blocks.dropout import dropout_factor
 from fastattn.backends.triton.blocks.features import Dropout, Features
@@ -162,12 +162,12 @@ def attention_jvp_kernel(
     )  # fmt: skip
     w = head_window(w, h, F)
     scores = scores_of(
-        b, scale, softcap, SLOPES, stride_slope_b, stride_slope_h, BIAS, stride_bias_b, stride_bias_h, stride_bias_m,
+        b, B, scale, softcap, SLOPES, stride_slope_b, stride_slope_h, BIAS, stride_bias_b, stride_bias_h, stride_bias_m,
         stride_bias_n, F,
     )  # fmt: skip
     score = head_score(scores, h, F)
     tangents = scores_of(
-        b, scale, softcap, TSLOPES, stride_tslope_b, stride_tslope_h, TBIAS, stride_tbias_b, stride_tbias_h,
+        b, B, scale, softcap, TSLOPES, stride_tslope_b, stride_tslope_h, TBIAS, stride_tbias_b, stride_tbias_h,
         stride_tbias_m, stride_tbias_n, F_T,
     )  # fmt: skip
     tangent = head_score(tangents, h, F_T)
@@ -211,7 +211,7 @@ def attention_jvp_kernel(
         if TV is not None:
             if non_finite > 0:
                 last = spans.left if F.MASK else spans.max
-                acc = _restore_non_finite(acc, tv_rows, m, spans.min, last, spans, w, D_V, BLOCK_N, F, DOT)
+                acc = restore_non_finite(acc, tv_rows, m, spans.min, last, spans, w, D_V, BLOCK_N, F, DOT)
     if TSINKS is not None:
         p_sink = probability(load_sink(SINKS, h, b, B, F), lse, 1.0)
         mu += p_sink * tl.load(TSINKS + h * stride_tsink_h).to(tl.float32)

@@ -121,7 +121,8 @@ _TILES: dict[str, dict[str, dict[int, TileConfig]]] = {
         "forward": {
             64: TileConfig(128, 64, 8, 3),
             128: TileConfig(128, 64, 8, 3),
-            256: TileConfig(128, 64, 8, 2),
+            192: TileConfig(128, 64, 8, 2),
+            256: TileConfig(128, 32, 8, 2),
             MAX_HEAD_DIM: TileConfig(64, 32, 8, 1),
         },
         "dq": {

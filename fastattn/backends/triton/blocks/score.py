@@ -15,14 +15,14 @@ from fastattn.backends.triton.blocks.features import Score, Scores
 
 @triton.jit
 def scores_of(
-    b, scale, softcap, SLOPES, stride_slope_b, stride_slope_h,
+    b, B, scale, softcap, SLOPES, stride_slope_b, stride_slope_h,
     BIAS, stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n, F: tl.constexpr,
 ):  # fmt: skip
-    """The score functions of sequence b."""
+    """The score functions of sequence b; packed rows after the last of B sequences use none."""
     slopes = SLOPES
     bias = BIAS
     if F.ALIBI:
-        slopes += b * stride_slope_b
+        slopes += tl.minimum(b, B - 1) * stride_slope_b
     if F.BIAS:
         bias += b.to(tl.int64) * stride_bias_b
     return Scores(scale, softcap, slopes, stride_slope_h, bias, stride_bias_h, stride_bias_m, stride_bias_n)

@@ -8,6 +8,7 @@ is never a new spec. This module imports nothing of ours.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -61,7 +62,7 @@ class AttentionSpec:
             or self.deterministic
         )
 
-    def shift(self, S_q: int, S_k: int) -> int:
+    def shift(self, S_q: Any, S_k: Any) -> Any:
         """Column of the diagonal in row 0: row i sees keys in [i + shift - left, i + shift + right]."""
         return 0 if self.top_left else S_k - S_q
 

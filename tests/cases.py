@@ -215,9 +215,9 @@ PAIRS = [
     case("mask_dropout_gqa", 50, 50, H=4, H_kv=2, mask=Score("1HMN", fill="blocks"), dropout_p=0.3),
     case("value_wider_sinks_alibi", 30, 40, D=24, D_v=72, sinks=Score("H"), alibi_slopes=Score("H", fill="slopes")),
     case(
-        "everything", 70, 70, B=2, H=4, H_kv=2, D=40, D_v=24, causal=True, window=(30, None), softcap=2.0, dropout_p=0.1,
-        bias=Score("1HMN"), mask=Score("B1MN", fill="documents"), alibi_slopes=Score("BH", fill="slopes"),
-        sinks=Score("H"),
+        "everything", 70, 70, B=2, H=4, H_kv=2, D=40, D_v=24, causal=True, window=(30, None), softcap=2.0,
+        dropout_p=0.1, bias=Score("1HMN"), mask=Score("B1MN", fill="documents"),
+        alibi_slopes=Score("BH", fill="slopes"), sinks=Score("H"),
     ),
 ]  # fmt: skip
 

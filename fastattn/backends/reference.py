@@ -52,15 +52,16 @@ def attention(
     with torch.autocast(q.device.type, enabled=False) if torch._C._is_any_autocast_enabled() else nullcontext():
         if cu_seqlens_q is None or cu_seqlens_k is None:
             return _attention(q, k, v, spec, **call)
-        longest = [
-            given
-            if isinstance(given, (int, torch.SymInt))
-            else int(cu_seqlens.diff().amax())
-            if len(cu_seqlens) > 1
-            else 0
-            for given, cu_seqlens in zip(max_seqlens or (None, None), (cu_seqlens_q, cu_seqlens_k), strict=True)
-        ]
-        return padded_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *longest, spec, **call)
+        max_q, max_k = max_seqlens or (None, None)
+        longest = _longest(cu_seqlens_q, max_q), _longest(cu_seqlens_k, max_k)
+        return padded_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, longest, spec, **call)
+
+
+def _longest(cu_seqlens: Tensor, max_seqlen: int | Tensor | None) -> int:
+    """What sequences are padded to; without an int it is read from the lengths, on the host."""
+    if isinstance(max_seqlen, (int, torch.SymInt)):
+        return max_seqlen
+    return int(cu_seqlens.diff().amax()) if len(cu_seqlens) > 1 else 0
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, spec: NormSpec) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastattn import _arguments as check
 from fastattn import backends
-from fastattn.errors import ArgumentTypeError, kind
+from fastattn.errors import ArgumentTypeError
 from fastattn.functional._plan import cached
 from fastattn.ops.layer_norm import layer_norm as layer_norm_op
 from fastattn.ops.softmax import softmax as softmax_op

@@ -184,8 +184,7 @@ def padded_attention(
     v: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
+    longest: tuple[int, int],
     spec: AttentionSpec,
     *,
     bias: Tensor | None = None,
@@ -195,18 +194,19 @@ def padded_attention(
     """`varlen_attention` without a loop and without a look at a length, for compilers and transforms.
 
     q (1, H, T_q, D), k (1, H_kv, T_k, D), v (1, H_kv, T_k, D_v) -> o (1, H, T_q, D_v), lse (1, H, T_q): every sequence
-    is padded to the longest, at a cost of B · max_seqlen_q · max_seqlen_k scores for each head.
+    is padded to `longest`, of queries and of keys, at a cost of B · longest_q · longest_k scores for each head.
     """
     B, device = cu_seqlens_q.shape[0] - 1, q.device
+    max_seqlen_q, max_seqlen_k = longest
 
-    def padded(t: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
-        """(1, H, T, D) -> (B, H, longest, D); what lies beyond a sequence's end is hidden later, so may be anything."""
+    def padded(t: Tensor, cu_seqlens: Tensor, S: int) -> Tensor:
+        """(1, H, T, D) -> (B, H, S, D); what lies beyond a sequence's end is hidden later, so may be anything."""
         if t.shape[2] == 0:
-            return t.new_zeros(B, t.shape[1], longest, t.shape[3])
-        row = cu_seqlens[:-1, None].long() + torch.arange(longest, device=device)
+            return t.new_zeros(B, t.shape[1], S, t.shape[3])
+        row = cu_seqlens[:-1, None].long() + torch.arange(S, device=device)
         return t[0][:, row.clamp(max=t.shape[2] - 1)].transpose(0, 1)
 
-    lengths = tuple(cu.diff().long()[:, None, None, None] for cu in (cu_seqlens_q, cu_seqlens_k))
+    lengths = cu_seqlens_q.diff().long()[:, None, None, None], cu_seqlens_k.diff().long()[:, None, None, None]
     if mask is not None:
         mask = mask[..., :max_seqlen_q, :max_seqlen_k]
     if bias is not None:
@@ -224,10 +224,9 @@ def padded_attention(
         nothing = sum(
             t.flatten()[:0].sum() for t in tensors if t is not None and t.is_floating_point()
         )  # 0, yet of each
+        o = o.new_zeros(1, spec.H, T, spec.D_v) + nothing
         lse = lse.new_full((1, spec.H, T), -math.inf) + nothing
-        return o.new_zeros(1, spec.H, T, spec.D_v) + nothing.to(o.dtype), lse.to(
-            torch.promote_types(o.dtype, torch.float32)
-        )
+        return o.to(spec.dtype), lse.to(torch.promote_types(spec.dtype, torch.float32))
     t = torch.arange(T, device=device, dtype=cu_seqlens_q.dtype)
     b = torch.searchsorted(cu_seqlens_q, t, right=True) - 1
     packed = b < B

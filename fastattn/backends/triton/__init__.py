@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,7 +102,7 @@ def _on(t: Tensor):
     return torch.cuda.device_of(t)
 
 
-def attention_forward(o: Tensor, lse: Tensor, inputs: tuple[Tensor | None, ...], spec: AttentionSpec) -> None:
+def attention_forward(o: Tensor, lse: Tensor, inputs: tuple[Any, ...], spec: AttentionSpec) -> None:
     from fastattn.backends.triton.attention_common import Inputs
     from fastattn.backends.triton.attention_fwd import launch
 
@@ -110,10 +111,10 @@ def attention_forward(o: Tensor, lse: Tensor, inputs: tuple[Tensor | None, ...],
 
 
 def attention_backward(
-    grad_inputs: tuple[Tensor | None, ...],
+    grad_inputs: tuple[Any, ...],
     do: Tensor | None,
     dlse: Tensor | None,
-    inputs: tuple[Tensor | None, ...],
+    inputs: tuple[Any, ...],
     o: Tensor,
     lse: Tensor,
     spec: AttentionSpec,
@@ -128,8 +129,8 @@ def attention_backward(
 def attention_tangents(
     to: Tensor,
     tlse: Tensor,
-    tangents: tuple[Tensor | None, ...],
-    inputs: tuple[Tensor | None, ...],
+    tangents: tuple[Any, ...],
+    inputs: tuple[Any, ...],
     o: Tensor,
     lse: Tensor,
     spec: AttentionSpec,

@@ -1,8 +1,9 @@
 """Attention backward, in two passes, each recomputing p from lse; every sum has one order, so its bits are repeatable.
 
-    delta = rowsum(o ∘ do) - dlse      dp = dropout(do vᵀ)     ds = p ∘ (dp - delta)     da = ds ∘ f'(a), a = q kᵀ · scale
-    dq = scale · da k                  dk = scale · daᵀ q      dv = dropout(p)ᵀ do
-    dslope = -Σ ds ∘ distance          dsink = -Σ exp(sink - lse) delta
+    a = scale · q kᵀ                s = f(a)                   delta = rowsum(o ∘ do) - dlse
+    dp = dropout(do vᵀ)             ds = p ∘ (dp - delta)      da = ds ∘ f'(a)
+    dq = scale · da k               dk = scale · daᵀ q         dv = dropout(p)ᵀ do
+    dslope = -Σ ds ∘ distance       dsink = -Σ exp(sink - lse) delta
 
 The first pass holds a tile of queries, visits the keys it sees, and writes delta, dq and its part of the gradients of
 slopes and sinks. The second holds a tile of keys and visits the queries that see it, over all heads of its group, and
@@ -307,13 +308,13 @@ def run_dq(grads, delta, do, dlse, x: Inputs, o, lse, spec: AttentionSpec, cfg: 
     )
     if n_tiles > 0:
         attention_backward_dq_kernel[(n_tiles * spec.H,)](
-            DQ=grads.q, DELTA=delta, DSLOPES=dslopes, DSINKS=dsinks, Q=x.q, K=x.k, V=x.v, O=o, DO=do, LSE=lse, DLSE=dlse,
-            SINKS=x.sinks, H=spec.H, **matrix_strides(dq=grads.q, q=x.q, k=x.k, v=x.v, o=o, do=do),
+            DQ=grads.q, DELTA=delta, DSLOPES=dslopes, DSINKS=dsinks, Q=x.q, K=x.k, V=x.v, O=o, DO=do, LSE=lse,
+            DLSE=dlse, SINKS=x.sinks, H=spec.H, **matrix_strides(dq=grads.q, q=x.q, k=x.k, v=x.v, o=o, do=do),
             **strides("dlse_", dlse, "bhm"), **sequence_arguments(x, spec), **score_arguments(x, spec),
             **mask_tiles(x, spec, cfg), **constants(x, spec, o, do, grads.q), **tile_arguments(cfg),
         )  # fmt: skip
     for grad, parts in ((grads.alibi_slopes, dslopes), (grads.sinks, dsinks)):
-        if grad is not None:
+        if grad is not None and parts is not None:
             grad.copy_(sum_of_parts(parts, grad.dim() == 2, x, spec, cfg.BLOCK_M))
 
 
@@ -332,7 +333,7 @@ def run_dkdv(grads, delta, do, x: Inputs, lse, spec: AttentionSpec, cfg: TileCon
 
 def sum_of_parts(parts: Tensor, by_sequence: bool, x: Inputs, spec: AttentionSpec, BLOCK_M: int) -> Tensor:
     """The sums by head, (H,) or (B, H), of what the programs of the first pass left, one number each."""
-    if not spec.varlen:
+    if x.cu_seqlens_q is None:
         by_batch = parts.view(x.B, spec.H, -1).sum(2)
         return by_batch if by_sequence else by_batch.sum(0)
     slots = parts.view(spec.H, -1)

@@ -37,9 +37,9 @@ def next_power_of_2(n: int) -> int:
 
 @dataclass(frozen=True)
 class Columns:
-    """How a row of n entries lies in a tile: one or two blocks of columns, powers of two that a matrix instruction takes.
+    """How a row of n entries lies in a tile: one or two blocks of columns, powers of two that matrix instructions take.
 
-    192 = 128 + 64 and 576 = 512 + 64 in two blocks need no padding; one block of the next power of two would be mostly that.
+    192 = 128 + 64 and 576 = 512 + 64 in two blocks need no padding; one block of 256 or 1024 would be mostly that.
     """
 
     n: int

@@ -160,9 +160,13 @@ def attention_shapes(fn: str, q: Sequence[int], k: Sequence[int], v: Sequence[in
 
 
 def same_float_dtype(
-    fn: str, names: Sequence[str], dtypes: Sequence[torch.dtype], devices: Sequence[torch.device]
+    fn: str,
+    names: Sequence[str],
+    dtypes: Sequence[torch.dtype],
+    devices: Sequence[torch.device],
+    also: tuple[torch.dtype, ...] = (),
 ) -> None:
-    check_float_dtype(fn, names[0], dtypes[0])
+    check_float_dtype(fn, names[0], dtypes[0], also)
     for name, dtype, device in zip(names[1:], dtypes[1:], devices[1:], strict=True):
         if dtype != dtypes[0]:
             raise ArgumentTypeError(
@@ -278,7 +282,7 @@ def attention_spec(
     """Three are of q, k and v; `present` says which of (bias, mask, alibi_slopes, sinks, cu_seqlens) were given."""
     q, k, v = shapes
     attention_shapes(fn, q, k, v)
-    same_float_dtype(fn, ("q", "k", "v"), dtypes, devices)
+    same_float_dtype(fn, ("q", "k", "v"), dtypes, devices, also=(torch.float8_e4m3fn,))
     check_real(fn, "scale", scale, optional=True)
     check_real(fn, "softcap", softcap, optional=True)
     if softcap is not None and softcap <= 0:
@@ -347,6 +351,47 @@ def check_attention_features(
         )
     if sinks is not None and sinks.shape != (H,):
         raise ArgumentError(f"{fn}: `sinks` has shape {tuple(sinks.shape)}; it must be (H,) = ({H},).")
+
+
+def fp8_scales(fn: str, spec: AttentionSpec, B: int, tensors: Sequence[Tensor | None], scales: dict[str, Any]):
+    """-> (qk_scales (B, H), v_scales (B, H_kv)) of 8-bit inputs; (None, None) of others, which have none.
+
+    `tensors` are all that a gradient could be wanted of; `scales` are q_scale, k_scale and v_scale.
+    """
+    if not spec.fp8:
+        for name, scale in scales.items():
+            if scale is not None:
+                raise ArgumentError(
+                    f"{fn}: `{name}` is {kind(scale)}, but `q`, `k` and `v` have dtype {dtype_name(spec.dtype)}; "
+                    "only float8_e4m3fn inputs have scales."
+                )
+        return None, None
+    for name, scale in scales.items():
+        check_tensor(fn, name, scale, optional=True)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*tensors, *scales.values())):
+        raise UnsupportedError(
+            f"{fn}: float8_e4m3fn inputs have a forward only, and an input requires a gradient; "
+            "use torch.no_grad() or detach it."
+        )
+    device = next(t.device for t in tensors if t is not None)
+    full = []
+    for (name, scale), heads, axis in zip(
+        scales.items(), (spec.H, spec.H_kv, spec.H_kv), ("H", "H_kv", "H_kv"), strict=True
+    ):
+        if scale is None:
+            full.append(torch.ones(B, heads, device=device))
+            continue
+        check_same_device(fn, name, scale.device, "q", device)
+        if scale.dtype != torch.float32:
+            raise ArgumentTypeError(f"{fn}: `{name}` has dtype {dtype_name(scale.dtype)}; it must be float32.")
+        if scale.shape not in ((heads,), (B, heads)):
+            raise ArgumentError(
+                f"{fn}: `{name}` has shape {tuple(scale.shape)}; "
+                f"it must be ({axis},) = ({heads},) or (B, {axis}) = ({B}, {heads})."
+            )
+        full.append(scale.expand(B, heads))
+    q_scale, k_scale, v_scale = full
+    return (q_scale * k_scale.repeat_interleave(spec.G, 1)).contiguous(), v_scale.contiguous()
 
 
 def row_shape(fn: str, normalized_shape: Any) -> tuple:

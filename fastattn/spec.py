@@ -21,7 +21,7 @@ class AttentionSpec:
     H_kv: int  # key and value heads; query head h reads key head h // (H // H_kv)
     D: int  # width of q and k
     D_v: int  # width of v and o
-    dtype: torch.dtype  # of q, k, v and o
+    dtype: torch.dtype  # of q, k and v
     scale: float
     left: int | None = None  # keys before the diagonal that a row still sees; None: all of them
     right: int | None = None  # keys after the diagonal that a row still sees; None: all, 0: causal
@@ -59,8 +59,19 @@ class AttentionSpec:
             or self.alibi
             or self.sinks
             or self.varlen
+            or self.fp8
             or self.deterministic
         )
+
+    @property
+    def fp8(self) -> bool:
+        """Whether q, k and v are 8-bit numbers, to be multiplied by a scale for each head."""
+        return self.dtype == torch.float8_e4m3fn
+
+    @property
+    def out_dtype(self) -> torch.dtype:
+        """The dtype of o."""
+        return torch.bfloat16 if self.fp8 else self.dtype
 
     def shift(self, S_q: Any, S_k: Any) -> Any:
         """Column of the diagonal in row 0: row i sees keys in [i + shift - left, i + shift + right]."""

@@ -125,7 +125,7 @@ ATTENTION_TYPES = [
     attention("q_int", "`q` has dtype int64", FLOATS, q=T(Q.shape, torch.int64)),
     attention("q_complex", "`q` has dtype complex64", FLOATS, q=T(Q.shape, torch.cfloat)),
     attention("q_bool", "`q` has dtype bool", FLOATS, q=bools(*Q.shape)),
-    attention("q_fp8", "`q` has dtype float8_e4m3fn", FLOATS, q=T(Q.shape, torch.float8_e4m3fn)),
+    attention("q_fp8_e5m2", "`q` has dtype float8_e5m2", FLOATS, q=T(Q.shape, torch.float8_e5m2)),
     attention("mixed_k", "`k` has dtype float16", "`q` has float32", "equal", k=T(K.shape, torch.float16)),
     attention("mixed_v", "`v` has dtype float64", "`q` has float32", "equal", v=T(V.shape, F64)),
     attention("q_sparse", "`q` has layout sparse_coo", "strided", q=T(Q.shape, layout="sparse_coo")),

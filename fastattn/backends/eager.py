@@ -67,6 +67,8 @@ def _beyond_sdpa(spec: AttentionSpec, device: torch.device) -> str | None:
         return "keyed dropout"
     if spec.varlen:
         return "packed sequences"
+    if spec.fp8:
+        return "8-bit inputs"
     if spec.bias and (spec.windowed or spec.mask):
         return "bias and mask together"
     if spec.scale <= 0.0:  # its CPU kernel scales after a causal mask has put -inf, and -inf · -1 is +inf

@@ -46,9 +46,12 @@ def attention(
     seed: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
+    qk_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
     max_seqlens: Sequence[int | Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     call: dict[str, Any] = {"bias": bias, "mask": mask, "alibi_slopes": alibi_slopes, "sinks": sinks, "seed": seed}
+    call |= {"qk_scales": qk_scales, "v_scales": v_scales}
     with torch.autocast(q.device.type, enabled=False) if torch._C._is_any_autocast_enabled() else nullcontext():
         if cu_seqlens_q is None or cu_seqlens_k is None:
             return _attention(q, k, v, spec, **call)

@@ -29,7 +29,7 @@ def _attention_plan(
 
 def _attend(
     fn, q, k, v, causal, window, scale, bias, mask, alibi_slopes, softcap, sinks, dropout_p, return_lse, deterministic,
-    backend, sequences=None,
+    backend, scales, sequences=None,
 ):  # fmt: skip
     """o, or (o, lse), of checked tensors q, k and v; `sequences`: of packed ones, see `check.Sequences`."""
     if torch._C._is_any_autocast_enabled():
@@ -50,7 +50,12 @@ def _attend(
         if mask is not None and mask.dim() < 4:
             mask = mask[(None,) * (4 - mask.dim())]
     seed = torch.randint(2**63 - 1, (), device=q.device) if spec.dropout_p > 0.0 else None
-    inputs = (bias, mask, alibi_slopes, sinks, seed, cu_seqlens_q, cu_seqlens_k)
+    qk_scales = v_scales = None
+    if spec.fp8 or any(scale is not None for scale in scales):
+        B = q.shape[0] if sequences is None else sequences.B
+        named = dict(zip(("q_scale", "k_scale", "v_scale"), scales, strict=True))
+        qk_scales, v_scales = check.fp8_scales(fn, spec, B, (q, k, v, bias, alibi_slopes, sinks), named)
+    inputs = (bias, mask, alibi_slopes, sinks, seed, cu_seqlens_q, cu_seqlens_k, qk_scales, v_scales)
     if run.COMPOSITE:
         o, lse = run.attention(q, k, v, spec, return_lse, *inputs, max_seqlens)
     else:
@@ -72,6 +77,9 @@ class AttentionOptions(TypedDict, total=False):
     dropout_p: float
     deterministic: bool
     backend: str | None
+    q_scale: Tensor | None
+    k_scale: Tensor | None
+    v_scale: Tensor | None
 
 
 @overload
@@ -99,13 +107,16 @@ def attention(
     return_lse: bool = False,
     deterministic: bool = False,
     backend: str | None = None,
+    q_scale: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Scaled dot-product attention, fused: the S_q × S_k matrix is never held.
 
         s = q kᵀ · scale → softcap → + bias + ALiBi → mask;   p = softmax(s, with sinks);   o = dropout(p) v
 
     Args:
-        q: (B, H, S_q, D), float16, bfloat16, float32 or float64, any strides.
+        q: (B, H, S_q, D), float16, bfloat16, float32, float64 or, forward only, float8_e4m3fn; any strides.
         k: (B, H_kv, S_k, D), dtype and device of q. H must be a multiple of H_kv: head h reads head h // (H / H_kv).
         v: (B, H_kv, S_k, D_v). D_v may differ from D.
         causal: False; True (S_q == S_k); "top_left" (row i sees keys j ≤ i) or "bottom_right" (j ≤ i + S_k − S_q).
@@ -122,9 +133,11 @@ def attention(
         return_lse: also return lse; it is differentiable too.
         deterministic: the same bits on every run, backward included.
         backend: one of "triton", "eager", "reference", which then never falls back; None: the first that can.
+        q_scale: of float8_e4m3fn inputs, what q stands for is q · q_scale: (H,) or (B, H), float32; 1 if None.
+        k_scale, v_scale: the same of k and v: (H_kv,) or (B, H_kv).
 
     Returns:
-        o (B, H, S_q, D_v) in q's dtype; with `return_lse` also lse (B, H, S_q) in float32 (float64 for float64
+        o (B, H, S_q, D_v) in q's dtype, bfloat16 for float8_e4m3fn; with `return_lse` also lse (B, H, S_q) in float32 (float64 for float64
         inputs), the natural log of Σ_j exp s_j. A row that sees no key has o = 0, lse = −inf and zero gradients.
 
     Raises:
@@ -143,7 +156,7 @@ def attention(
             check.check_tensor("attention", name, t)
     return _attend(
         "attention", q, k, v, causal, window, scale, bias, mask, alibi_slopes, softcap, sinks, dropout_p, return_lse,
-        deterministic, backend,
+        deterministic, backend, (q_scale, k_scale, v_scale),
     )  # fmt: skip
 
 
@@ -194,6 +207,9 @@ def varlen_attention(
     return_lse: bool = False,
     deterministic: bool = False,
     backend: str | None = None,
+    q_scale: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`attention` over sequences of unequal lengths, packed one after the other without padding.
 
@@ -213,7 +229,8 @@ def varlen_attention(
             The diagonal is each sequence's own.
         bias, mask: broadcastable to (B, H, max_seqlen_q, max_seqlen_k), indexed by positions within a sequence.
         alibi_slopes: (H,) or (B, H).
-        window, scale, softcap, sinks, dropout_p, return_lse, deterministic, backend: as in `attention`.
+        window, scale, softcap, sinks, dropout_p, return_lse, deterministic, backend, q_scale, k_scale, v_scale: as in
+            `attention`.
 
     Returns:
         o (T_q, H, D_v); with `return_lse` also lse (H, T_q) in float32 (float64 for float64 inputs).
@@ -238,7 +255,7 @@ def varlen_attention(
     q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))  # (1, H, T, D)
     result = _attend(
         fn, q, k, v, causal, window, scale, bias, mask, alibi_slopes, softcap, sinks, dropout_p, return_lse,
-        deterministic, backend, sequences,
+        deterministic, backend, (q_scale, k_scale, v_scale), sequences,
     )  # fmt: skip
     if return_lse:
         o, lse = result

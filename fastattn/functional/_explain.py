@@ -47,7 +47,7 @@ def explain(fn: Callable, *args: Any, **kwargs: Any) -> Explanation:
 
 def _attention_spec(
     q, k, v, *, causal, window, scale, bias, mask, alibi_slopes, softcap, sinks, dropout_p, return_lse, deterministic,
-    backend, fn="attention", sequences=None,
+    backend, q_scale, k_scale, v_scale, fn="attention", sequences=None,
 ):  # fmt: skip
     for name, t in (("q", q), ("k", k), ("v", v)):
         check.check_tensor(fn, name, t)
@@ -59,6 +59,9 @@ def _attention_spec(
         tuple(t is not None for t in (*features, sequences)),
     )  # fmt: skip
     check.check_attention_features(fn, q, k, *features, sequences)
+    B = q.shape[0] if sequences is None else sequences.B
+    scales = {"q_scale": q_scale, "k_scale": k_scale, "v_scale": v_scale}
+    check.fp8_scales(fn, spec, B, (*tensors, bias, alibi_slopes, sinks), scales)
     return spec, q.device
 
 

@@ -36,4 +36,5 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+    casts = (torch.float16, torch.bfloat16, torch.float32)  # float64 stays, and 8-bit numbers mean nothing alone
+    return tuple(t.to(dtype) if t.dtype in casts else t for t in tensors)

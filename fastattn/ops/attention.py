@@ -1,7 +1,7 @@
 """fastattn::attention: q, k, v and what acts on their scores -> (o, lse), differentiable in both outputs.
 
 Packed sequences are (1, H, T, D) with cu_seqlens. bias and mask have four dimensions, of length 1 where they broadcast;
-seed keys the dropout, if any.
+seed keys the dropout, if any; qk_scales (B, H) and v_scales (B, H_kv) belong to 8-bit q, k and v.
 """
 
 from __future__ import annotations
@@ -16,21 +16,24 @@ from fastattn.ops.attention_jvp import fused_tangents
 from fastattn.ops.define import Definition, Operator
 from fastattn.spec import AttentionSpec
 
-INPUTS = ("q", "k", "v", "bias", "mask", "alibi_slopes", "sinks", "seed", "cu_seqlens_q", "cu_seqlens_k")
+INPUTS = (
+    *("q", "k", "v", "bias", "mask", "alibi_slopes", "sinks", "seed"),
+    *("cu_seqlens_q", "cu_seqlens_k", "qk_scales", "v_scales"),
+)
 _HAVE_GRADS = ("q", "k", "v", "bias", "alibi_slopes", "sinks")
 
 
-def output_like(q: Tensor, D_v: int) -> Tensor:
+def output_like(q: Tensor, D_v: int, dtype: torch.dtype | None = None) -> Tensor:
     """An o (B, H, S_q, D_v) in the layout of q: heads inside rows (a transposed (B, S, H, D)) stay inside rows."""
     B, H, S_q, _ = q.shape
     if q.stride(1) < q.stride(2):
-        return q.new_empty(B, S_q, H, D_v).transpose(1, 2)
-    return q.new_empty(B, H, S_q, D_v)
+        return q.new_empty(B, S_q, H, D_v, dtype=dtype).transpose(1, 2)
+    return q.new_empty(B, H, S_q, D_v, dtype=dtype)
 
 
 def _allocate(inputs, spec: AttentionSpec):
     q = inputs[0]
-    return output_like(q, spec.D_v), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return output_like(q, spec.D_v, spec.out_dtype), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 def _launch(outputs, inputs, spec: AttentionSpec, backend: str):

@@ -80,18 +80,24 @@ def attention(
     compute_dtype: torch.dtype | None = None,
     first_b: int = 0,
     lengths: tuple[Tensor, Tensor] | None = None,
+    qk_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """o (B, H, S_q, D_v) in q's dtype and lse (B, H, S_q) in fp32 (float64 for float64 inputs).
 
     q (B, H, S_q, D), k (B, H_kv, S_k, D), v (B, H_kv, S_k, D_v); bias and mask broadcastable to (B, H, S_q, S_k);
     alibi_slopes (H,) or (B, H); sinks (H,); seed: 0-d int64, the key of dropout. The arithmetic is in `compute_dtype`,
     by default at least fp32. `first_b` is the batch index of the first row, for the dropout of packed sequences;
-    `lengths` are as in `visible_keys`.
+    `lengths` are as in `visible_keys`. qk_scales (B, H) and v_scales (B, H_kv) multiply q kᵀ and v of 8-bit inputs.
     """
     B, H, S_q, _ = q.shape
     S_k = k.shape[2]
-    dtype = compute_dtype or torch.promote_types(q.dtype, torch.float32)
+    dtype = compute_dtype or torch.promote_types(spec.out_dtype, torch.float32)
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    if qk_scales is not None:
+        q = q * qk_scales.to(dtype)[..., None, None]
+    if v_scales is not None:
+        v = v * v_scales.to(dtype)[..., None, None]
     if spec.G > 1:
         k, v = k.repeat_interleave(spec.G, dim=1), v.repeat_interleave(spec.G, dim=1)
     keep = visible_keys(spec, S_q, S_k, mask, q.device, lengths)
@@ -127,7 +133,7 @@ def attention(
         dropped = ~dropout_keep(seed, spec.dropout_p, B, H, S_q, S_k, first_b)
         p = torch.where(dropped, 0.0, p / max(1.0 - spec.dropout_p, torch.finfo(dtype).tiny))
     o = _weighted_values(p, v, keep)
-    return o.to(spec.dtype), lse.to(torch.promote_types(spec.dtype, torch.float32))
+    return o.to(spec.out_dtype), lse.to(torch.promote_types(spec.out_dtype, torch.float32))
 
 
 def varlen_attention(
@@ -203,6 +209,8 @@ def padded_attention(
         """(1, H, T, D) -> (B, H, S, D); what lies beyond a sequence's end is hidden later, so may be anything."""
         if t.shape[2] == 0:
             return t.new_zeros(B, t.shape[1], S, t.shape[3])
+        if t.dtype.itemsize == 1:
+            t = t.to(torch.bfloat16)  # exact; torch has no indexing of 8-bit numbers
         row = cu_seqlens[:-1, None].long() + torch.arange(S, device=device)
         return t[0][:, row.clamp(max=t.shape[2] - 1)].transpose(0, 1)
 
@@ -226,7 +234,7 @@ def padded_attention(
         )  # 0, yet of each
         o = o.new_zeros(1, spec.H, T, spec.D_v) + nothing
         lse = lse.new_full((1, spec.H, T), -math.inf) + nothing
-        return o.to(spec.dtype), lse.to(torch.promote_types(spec.dtype, torch.float32))
+        return o.to(spec.out_dtype), lse.to(torch.promote_types(spec.out_dtype, torch.float32))
     t = torch.arange(T, device=device, dtype=cu_seqlens_q.dtype)
     b = torch.searchsorted(cu_seqlens_q, t, right=True) - 1
     packed = b < B

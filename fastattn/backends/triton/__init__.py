@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastattn.errors import UnsupportedError
 from fastattn.spec import AttentionSpec, NormSpec, SoftmaxSpec
 
 NAME = "triton"
@@ -50,7 +51,10 @@ def _available(device: torch.device) -> str | None:
 
 
 def unsupported(spec: AttentionSpec | NormSpec | SoftmaxSpec, device: torch.device) -> str | None:
-    if spec.dtype not in _DTYPES:
+    if isinstance(spec, AttentionSpec) and spec.fp8:
+        if why := _no_fp8(device):
+            return why
+    elif spec.dtype not in _DTYPES:
         return f"dtype {_name(spec.dtype)} (it has float16, bfloat16 and float32)"
     if isinstance(spec, AttentionSpec):
         return _unsupported_attention(spec, device)
@@ -59,6 +63,20 @@ def unsupported(spec: AttentionSpec | NormSpec | SoftmaxSpec, device: torch.devi
             if dtype is not None and dtype not in _DTYPES:
                 return f"{argument} of dtype {_name(dtype)} (it has float16, bfloat16 and float32)"
     return None
+
+
+def _no_fp8(device: torch.device) -> str | None:
+    if INTERPRET:
+        return None
+    if torch.version.hip is not None:
+        return "dtype float8_e4m3fn on ROCm, whose matrix cores take another 8-bit format"
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < (8, 9):
+        return f"dtype float8_e4m3fn needs compute capability 8.9 or newer, this GPU has {major}.{minor}"
+    return None
+
+
+_no_fp8._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _unsupported_attention(spec: AttentionSpec, device: torch.device) -> str | None:
@@ -122,6 +140,8 @@ def attention_backward(
     from fastattn.backends.triton.attention_bwd import launch
     from fastattn.backends.triton.attention_common import Grads, Inputs
 
+    if spec.fp8:
+        raise UnsupportedError("attention: 8-bit inputs have a forward only.")
     with _on(o):
         launch(Grads(*grad_inputs), do, dlse, Inputs(*inputs), o, lse, spec)
 
@@ -138,6 +158,8 @@ def attention_tangents(
     from fastattn.backends.triton.attention_common import Inputs
     from fastattn.backends.triton.attention_jvp import Tangents, launch
 
+    if spec.fp8:
+        raise UnsupportedError("attention: 8-bit inputs have a forward only.")
     with _on(o):
         launch(to, tlse, Tangents(*tangents), Inputs(*inputs), o, lse, spec)
 

@@ -21,9 +21,9 @@ from fastattn.backends.triton.configs import (
 )
 from fastattn.backends.triton.inspection import KernelCase
 
-_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float8_e4m3fn: "fp8e4nv"}
 _POINTERS = {  # those whose type is not that of q, k and v
-    **dict.fromkeys(("LSE", "DELTA", "SLOPES", "SINKS"), "fp32"),
+    **dict.fromkeys(("LSE", "DELTA", "SLOPES", "SINKS", "QK_SCALES", "V_SCALES"), "fp32"),
     **dict.fromkeys(("DLSE", "DSLOPES", "DSINKS", "TLSE", "TSLOPES", "TSINKS"), "fp32"),
     **dict.fromkeys(("CU_SEQLENS_Q", "CU_SEQLENS_K", "TILES"), "i32"),
     "MASK": "u8",
@@ -35,6 +35,7 @@ _OF_FEATURE = {  # pointers that are None while the feature is off
     "ALIBI": ("SLOPES", "DSLOPES", "TSLOPES"),
     "SINKS": ("SINKS", "DSINKS", "TSINKS"),
     "DROPOUT": ("SEED",),
+    "FP8": ("QK_SCALES", "V_SCALES"),
     "VARLEN": ("CU_SEQLENS_Q", "CU_SEQLENS_K"),
 }
 _FLOATS = ("scale", "softcap", "dropout_scale")
@@ -103,8 +104,8 @@ def _case(prefix: str, kernel, variant: Variant, cfg: TileConfig, **more: object
     """Every stride is a multiple of 16 but the innermost, which is 1."""
     constexprs: dict[str, object] = {
         "G": variant.G,
-        "D": Columns.of(variant.D),
-        "D_V": Columns.of(variant.D_v or variant.D),
+        "D": Columns.of(variant.D, variant.dtype.itemsize),
+        "D_V": Columns.of(variant.D_v or variant.D, variant.dtype.itemsize),
         "F": variant.features,
         "DOT": "ieee",
         "BLOCK_M": cfg.BLOCK_M,
@@ -122,7 +123,8 @@ def _case(prefix: str, kernel, variant: Variant, cfg: TileConfig, **more: object
         elif name in constexprs:
             continue
         elif name.isupper() and name not in _SIZES:
-            signature[name] = f"*{_POINTERS.get(name, _TYPES[variant.dtype])}"
+            own = torch.bfloat16 if name == "O" and variant.features.FP8 else variant.dtype
+            signature[name] = f"*{_POINTERS.get(name, _TYPES[own])}"
             aligned.append(name)
         elif name in _FLOATS:
             signature[name] = "fp32"
@@ -143,9 +145,15 @@ def _case(prefix: str, kernel, variant: Variant, cfg: TileConfig, **more: object
 
 
 def forward_cases(arch: str) -> list[KernelCase]:
+    fp8 = _features(FP8=True, PRESCALED=True)
+    forward_only = [
+        Variant(f"fp8/D{D}", D, dtype=torch.float8_e4m3fn, features=fp8, budget="listed")
+        for D in (64, 128)
+        if arch in ("sm_90", "sm_100")
+    ]
     return [
         _case("attention_fwd", attention_forward_kernel, v, forward_config(arch, v.D, v.D_v or v.D, v.dtype))
-        for v in _variants(arch)
+        for v in (*_variants(arch), *forward_only)
     ]
 
 

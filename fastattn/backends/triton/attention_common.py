@@ -26,6 +26,8 @@ class Inputs(NamedTuple):
     seed: Tensor | None  # () int64
     cu_seqlens_q: Tensor | None  # (B + 1,) int32
     cu_seqlens_k: Tensor | None
+    qk_scales: Tensor | None  # (B, H) fp32, contiguous: what q kᵀ of 8-bit q and k is multiplied by
+    v_scales: Tensor | None  # (B, H_kv), the same of v
 
     @property
     def B(self) -> int:
@@ -54,6 +56,8 @@ class Grads(NamedTuple):
     seed: None
     cu_seqlens_q: None
     cu_seqlens_k: None
+    qk_scales: None
+    v_scales: None
 
 
 def strides(name: str, t: Tensor | None, axes: str) -> dict[str, int]:
@@ -125,8 +129,8 @@ def constants(x: Inputs, spec: AttentionSpec, *others: Tensor | None) -> dict[st
     """The constexprs, tile sizes apart; `others`: all tensors that are read or written beside q, k and v."""
     return {
         "G": spec.G,
-        "D": Columns.of(spec.D),
-        "D_V": Columns.of(spec.D_v),
+        "D": Columns.of(spec.D, spec.dtype.itemsize),
+        "D_V": Columns.of(spec.D_v, spec.dtype.itemsize),
         "F": Features.of(spec, x.q, x.k, x.v, *others),
         "DOT": dot_precision(spec.dtype),
     }

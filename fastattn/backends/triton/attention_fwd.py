@@ -2,6 +2,8 @@
 
     s = f(q kᵀ) (M, N);   p = exp(s - row_max);   o = dropout(p) v / row_sum;   lse = row_max + log row_sum
 
+8-bit q and k are multiplied as they are; v is widened, so that p keeps the precision of bfloat16.
+
 q (B, H, S_q, D), k (B, H_kv, S_k, D), v (B, H_kv, S_k, D_v), any strides; o (B, H, S_q, D_v); lse (B, H, S_q) fp32.
 Packed sequences are (1, H, T, D) with cu_seqlens. Source: Dao, "FlashAttention-2" (2023), algorithm 1.
 """
@@ -32,10 +34,10 @@ from fastattn.backends.triton.blocks.mask import (
     visible,
     window_of,
 )
-from fastattn.backends.triton.blocks.score import apply_score, head_score, score_factor, scores_of
+from fastattn.backends.triton.blocks.score import apply_score, head_score, scaled_score, score_factor, scores_of
 from fastattn.backends.triton.blocks.seqlen import head_start, locate, other_rows, own_rows
 from fastattn.backends.triton.blocks.softmax import finish_softmax, load_sink, online_softmax
-from fastattn.backends.triton.blocks.tile import inner, load_tile, matrix, outer, scaled, store_tile, zeros
+from fastattn.backends.triton.blocks.tile import inner, load_tile, matrix, outer, scaled, store_tile, widened, zeros
 from fastattn.backends.triton.configs import forward_config
 from fastattn.backends.triton.mask_tiles import mask_tiles
 from fastattn.spec import AttentionSpec
@@ -56,12 +58,16 @@ def _forward_span(
         n = n_start + tl.arange(0, BLOCK_N)
         row, col = m[:, None], n[None, :]
         k = load_tile(k_rows, n_start, n, w.S_k, MASKED, D)  # (N, D)
+        if F.FP8 and DOT == "interpret":
+            k = widened(k)
         s, _ = apply_score(inner(q, k, DOT), row, col, w, score, MASKED, F)  # (M, N)
         if MASKED:
             s = tl.where(visible(row, col, w, F), s, NEG_INF)
         p, rescale, row_max, row_sum = online_softmax(s, row_max, row_sum, factor)
         p = p * dropout_factor(row, col, drop, F)
         v = load_tile(v_rows, n_start, n, w.S_k, MASKED, D_V)  # (N, D_v)
+        if F.FP8:
+            v = widened(v)
         if MASKED and (F.LEFT or F.RIGHT or F.MASK):
             non_finite += has_non_finite(v)
             v = finite_or_zero(v)
@@ -89,6 +95,7 @@ def restore_non_finite(
 @triton.jit
 def attention_forward_kernel(
     Q, K, V, O, LSE, CU_SEQLENS_Q, CU_SEQLENS_K, TILES, MASK, BIAS, SLOPES, SINKS, SEED,
+    QK_SCALES, V_SCALES,
     stride_qb, stride_qh, stride_qm, stride_qd,
     stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd,
@@ -118,6 +125,8 @@ def attention_forward_kernel(
         stride_bias_n, F,
     )  # fmt: skip
     score = head_score(scores, h, F)
+    if F.FP8:  # packed rows after the last of B sequences use none
+        score = scaled_score(score, tl.load(QK_SCALES + b * H + h, mask=b < B, other=1.0))
     drop = Dropout(tl.load(SEED) if F.DROPOUT else 0, b, h, dropout_threshold, dropout_scale)
     q_rows = matrix(Q, rows_q, h, stride_qb, stride_qh, stride_qm, stride_qd, BLOCK_M, D, F)
     k_rows = matrix(K, rows_k, h // G, stride_kb, stride_kh, stride_kn, stride_kd, BLOCK_N, D, F)
@@ -125,6 +134,8 @@ def attention_forward_kernel(
 
     m = m_start + tl.arange(0, BLOCK_M)
     q = load_tile(q_rows, m_start, m, w.S_q, True, D)  # (M, D)
+    if F.FP8 and DOT == "interpret":
+        q = widened(q)
     acc = zeros(BLOCK_M, D_V)
     row_max = tl.full([BLOCK_M], NEG_INF, tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -154,6 +165,8 @@ def attention_forward_kernel(
 
     sink = load_sink(SINKS, h, b, B, F)
     o, lse = finish_softmax(acc, row_max, row_sum, score_factor(score, F), sink, F)
+    if F.FP8:
+        o = scaled(o, tl.load(V_SCALES + (b * H + h) // G, mask=b < B, other=1.0))
     o_rows = matrix(O, rows_q, h, stride_ob, stride_oh, stride_om, stride_od, BLOCK_M, D_V, F)
     store_tile(o_rows, m_start, o, m, w.S_q, D_V)
     tl.store(LSE + head_start(rows_q, h, H, S_q) + m, lse, mask=m < w.S_q)
@@ -170,7 +183,7 @@ def launch(o: Tensor, lse: Tensor, x: Inputs, spec: AttentionSpec) -> None:
     if grid == 0:
         return
     attention_forward_kernel[(grid,)](
-        Q=x.q, K=x.k, V=x.v, O=o, LSE=lse, SINKS=x.sinks, H=spec.H, **matrix_strides(q=x.q, k=x.k, v=x.v, o=o),
+        Q=x.q, K=x.k, V=x.v, O=o, LSE=lse, SINKS=x.sinks, QK_SCALES=x.qk_scales, V_SCALES=x.v_scales, H=spec.H, **matrix_strides(q=x.q, k=x.k, v=x.v, o=o),
         **sequence_arguments(x, spec), **score_arguments(x, spec), **mask_tiles(x, spec, cfg),
         **constants(x, spec, o), **tile_arguments(cfg),
     )  # fmt: skip

@@ -48,11 +48,12 @@ class Columns:
 
     @classmethod
     @cache
-    def of(cls, n: int) -> Columns:
-        whole = max(_SMALLEST, next_power_of_2(n))
-        if n == whole or whole == _SMALLEST:
+    def of(cls, n: int, element_size: int = 2) -> Columns:
+        smallest = 32 if element_size == 1 else _SMALLEST  # what a matrix instruction takes at once
+        whole = max(smallest, next_power_of_2(n))
+        if n == whole or whole == smallest:
             return cls(n, whole)
-        rest = max(_SMALLEST, next_power_of_2(n - whole // 2))
+        rest = max(smallest, next_power_of_2(n - whole // 2))
         return cls(n, whole // 2, rest) if rest < whole // 2 else cls(n, whole)
 
     @property
@@ -226,10 +227,10 @@ def shared_memory(kernel: str, cfg: TileConfig, D: int, D_v: int, element_size: 
     """Upper bound in bytes: what stays, and num_stages buffers of what streams through, plus one tile of p or ds."""
     m, n = cfg.BLOCK_M * element_size, cfg.BLOCK_N * element_size
     resident, streamed = (n, m) if kernel == "dkdv" else (m, n)
-    width = Columns.of(D).width + Columns.of(D_v).width
-    kept = resident * (Columns.of(D).width if kernel == "forward" else width)
+    width = Columns.of(D, element_size).width + Columns.of(D_v, element_size).width
+    kept = resident * (Columns.of(D, element_size).width if kernel == "forward" else width)
     if kernel == "jvp":  # q and its tangent; k, v and, where tiles are loaded ahead, room for theirs too
-        kept = resident * 2 * Columns.of(D).width
+        kept = resident * 2 * Columns.of(D, element_size).width
         streamed *= min(cfg.num_stages, 2)
     return kept + cfg.num_stages * streamed * width + cfg.BLOCK_M * n
 
@@ -263,7 +264,7 @@ def fit(kernel: str, cfg: TileConfig, arch: str, D: int, D_v: int, element_size:
 
 
 def _tile(kernel: str, arch: str, D: int, D_v: int, dtype: torch.dtype) -> TileConfig:
-    width = max(Columns.of(D).width, Columns.of(D_v).width)
+    width = max(Columns.of(n, dtype.itemsize).width for n in (D, D_v))
     table = _TILES[_LIKE.get(arch, arch)][kernel]
     cfg = table[min(key for key in table if key >= width)]
     if dtype == torch.float32 and arch != "interpret":  # twice the registers for each operand

@@ -29,6 +29,7 @@ class Features:
     SINKS: bool = False
     DROPOUT: bool = False
     VARLEN: bool = False  # packed sequences
+    FP8: bool = False  # 8-bit q, k and v, with a scale for each head
     WIDE: bool = False  # offsets inside one tile may pass 2^31 elements
 
     @classmethod
@@ -38,7 +39,7 @@ class Features:
             LEFT=spec.left is not None,
             RIGHT=spec.right is not None,
             # max(scale · s) is scale · max(s) only for a positive scale, and what is added is not to be scaled
-            PRESCALED=spec.scale <= 0.0 or spec.softcap is not None or spec.bias or spec.alibi,
+            PRESCALED=spec.scale <= 0.0 or spec.softcap is not None or spec.bias or spec.alibi or spec.fp8,
             SOFTCAP=spec.softcap is not None,
             BIAS=spec.bias,
             ALIBI=spec.alibi,
@@ -46,6 +47,7 @@ class Features:
             SINKS=spec.sinks,
             DROPOUT=spec.dropout_p > 0.0,
             VARLEN=spec.varlen,
+            FP8=spec.fp8,
             WIDE=any(_MAX_TILE * max(t.stride()[-2:]) >= 2**31 for t in tensors if t is not None),
         )
 

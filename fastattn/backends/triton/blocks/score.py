@@ -41,6 +41,12 @@ def head_score(scores, h, F: tl.constexpr):
 
 
 @triton.jit
+def scaled_score(score, factor):
+    """The score function of q kᵀ that is still to be multiplied by a factor."""
+    return Score(score.scale * factor, score.softcap, score.slope, score.bias, score.stride_m, score.stride_n)
+
+
+@triton.jit
 def score_factor(score, F: tl.constexpr):
     """factor, such that exp(logit) = exp2(factor · s)."""
     if F.PRESCALED:

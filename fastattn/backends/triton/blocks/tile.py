@@ -9,6 +9,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from fastattn.backends.triton.blocks.cast import INTERPRET
+
 
 class Matrix(NamedTuple):
     """One head of one sequence: rows of D entries, read or written a tile of rows at a time."""
@@ -92,6 +94,18 @@ def scaled(x, factor):
     y = ()
     for i in tl.static_range(len(x)):
         y = y + (x[i] * factor,)
+    return y
+
+
+@triton.jit
+def widened(x):
+    """8-bit numbers as bfloat16, which holds them exactly."""
+    y = ()
+    for i in tl.static_range(len(x)):
+        value = x[i].to(tl.bfloat16)
+        if INTERPRET:  # which reads the code of NaN as 480, beyond the largest number, 448
+            value = tl.where(tl.abs(value.to(tl.float32)) < 480.0, value, float("nan"))
+        y = y + (value,)
     return y
 
 

@@ -137,8 +137,9 @@ def attention(
         k_scale, v_scale: the same of k and v: (H_kv,) or (B, H_kv).
 
     Returns:
-        o (B, H, S_q, D_v) in q's dtype, bfloat16 for float8_e4m3fn; with `return_lse` also lse (B, H, S_q) in float32 (float64 for float64
-        inputs), the natural log of Σ_j exp s_j. A row that sees no key has o = 0, lse = −inf and zero gradients.
+        o (B, H, S_q, D_v) in q's dtype, bfloat16 for float8_e4m3fn; with `return_lse` also lse (B, H, S_q) in float32
+        (float64 for float64 inputs), the natural log of Σ_j exp s_j. A row that sees no key has o = 0, lse = −inf and
+        zero gradients.
 
     Raises:
         ArgumentTypeError, ArgumentError: an argument of the wrong type, dtype, shape or device.

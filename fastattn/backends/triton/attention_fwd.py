@@ -183,9 +183,9 @@ def launch(o: Tensor, lse: Tensor, x: Inputs, spec: AttentionSpec) -> None:
     if grid == 0:
         return
     attention_forward_kernel[(grid,)](
-        Q=x.q, K=x.k, V=x.v, O=o, LSE=lse, SINKS=x.sinks, QK_SCALES=x.qk_scales, V_SCALES=x.v_scales, H=spec.H, **matrix_strides(q=x.q, k=x.k, v=x.v, o=o),
-        **sequence_arguments(x, spec), **score_arguments(x, spec), **mask_tiles(x, spec, cfg),
-        **constants(x, spec, o), **tile_arguments(cfg),
+        Q=x.q, K=x.k, V=x.v, O=o, LSE=lse, SINKS=x.sinks, QK_SCALES=x.qk_scales, V_SCALES=x.v_scales, H=spec.H,
+        **matrix_strides(q=x.q, k=x.k, v=x.v, o=o), **sequence_arguments(x, spec), **score_arguments(x, spec),
+        **mask_tiles(x, spec, cfg), **constants(x, spec, o), **tile_arguments(cfg),
     )  # fmt: skip
 
 

@@ -102,10 +102,11 @@ def widened(x):
     """8-bit numbers as bfloat16, which holds them exactly."""
     y = ()
     for i in tl.static_range(len(x)):
-        value = x[i].to(tl.bfloat16)
+        value = x[i]
         if INTERPRET:  # which reads the code of NaN as 480, beyond the largest number, 448
-            value = tl.where(tl.abs(value.to(tl.float32)) < 480.0, value, float("nan"))
-        y = y + (value,)
+            value = value.to(tl.float32)
+            value = tl.where(tl.abs(value) < 480.0, value, float("nan"))
+        y = y + (value.to(tl.bfloat16),)
     return y
 
 

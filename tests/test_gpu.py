@@ -36,8 +36,10 @@ FEATURES = [
     cases.case("softcap_dropout", softcap=20.0, dropout_p=0.1),
     cases.case("sinks", sinks=cases.Score("H"), window=(200, 0)),
     cases.packed("varlen", LENGTHS, causal="bottom_right"),
-    cases.packed("varlen_everything", LENGTHS, causal="bottom_right", softcap=20.0, dropout_p=0.1, sinks=cases.Score("H"),
-                 bias=cases.Score("1HMN"), alibi_slopes=cases.Score("BH", fill="slopes")),
+    cases.packed(
+        "varlen_everything", LENGTHS, causal="bottom_right", softcap=20.0, dropout_p=0.1, sinks=cases.Score("H"),
+        bias=cases.Score("1HMN"), alibi_slopes=cases.Score("BH", fill="slopes"),
+    ),
 ]  # fmt: skip
 
 

@@ -1,15 +1,15 @@
 """The autograd Functions of the kernels, for code that composes its own.
 
     o, lse = AttentionFunction.apply(
-        q, k, v, bias, mask, alibi_slopes, sinks, seed, cu_seqlens_q, cu_seqlens_k, spec, backend
+        q, k, v, bias, mask, alibi_slopes, sinks, seed, cu_seqlens_q, cu_seqlens_k, qk_scales, v_scales, spec, backend
     )  # AttentionSpec; all after v may be None; bias and mask have four dimensions, seed is int64, for dropout
     y, mean, rstd = LayerNormFunction.apply(x, weight, bias, spec, backend)  # NormSpec; weight, bias may be None
     y, = SoftmaxFunction.apply(x, mask, spec, backend)  # SoftmaxSpec; mask may be None
 
 They check nothing: `fastattn.functional` is the checked way in. `backend` names a kernel backend ("triton"). They work
-under autograd, torch.func and forward-mode AD, to any order. Forward, vmap of it and the first gradient are the
-kernels; each further derivative, and each tangent, is computed by plain torch operations, unfused: of attention, in
-memory of S_q × S_k for each head.
+under autograd, torch.func and forward-mode AD, to any order. Kernels compute the forward, vmap of it, the first gradient
+and attention's tangents; each further derivative is computed by plain torch operations, unfused: of attention, in memory
+of S_q × S_k for each head.
 """
 
 from fastattn.ops.attention import attention as _attention

@@ -18,7 +18,8 @@ SETTINGS = {
 }
 
 LAYOUTS = ("contiguous", "heads_inside", "packed", "strided")
-LENGTH = st.integers(0, 45)
+LENGTH = st.integers(0, 40)  # interpreted tiles are 32 by 16 and 16 by 32, so there are tiles of every kind
+SHORT = st.integers(0, 34)
 
 
 @st.composite
@@ -44,13 +45,13 @@ def options(draw, causal: tuple[Any, ...]) -> dict[str, Any]:
         "sinks": st.sampled_from([cases.Score("H"), cases.Score("H", "minus_infinity")]),
         "dropout_p": st.sampled_from([0.1, 0.5]),
     }
-    chosen = draw(st.sets(st.sampled_from(sorted(present)), max_size=5))
+    chosen = draw(st.sets(st.sampled_from(sorted(present)), max_size=4))
     return {name: draw(present[name]) for name in sorted(chosen)}
 
 
 @st.composite
 def calls(draw) -> cases.Case:
-    """Any call. Interpreted tiles are 32 by 16 and 16 by 32, so lengths around 40 have tiles of every kind."""
+    """Any call."""
     H, H_kv = draw(st.sampled_from([(1, 1), (2, 1), (2, 2), (3, 1)]))
     D = draw(st.sampled_from([16, 8, 24, 5, 40]))
     fields: dict[str, Any] = {
@@ -62,7 +63,7 @@ def calls(draw) -> cases.Case:
         "layout": draw(st.sampled_from(LAYOUTS)),
     }
     if draw(st.booleans()):
-        lengths = tuple(draw(st.lists(st.tuples(LENGTH, LENGTH), min_size=1, max_size=3)))
+        lengths = tuple(draw(st.lists(st.tuples(SHORT, SHORT), min_size=1, max_size=3)))
         fields |= draw(options((False, "top_left", "bottom_right")))
         return cases.packed("varlen", lengths, left_over=draw(st.sampled_from([0, 0, 7])), **fields)
     S_q, S_k = draw(LENGTH), draw(LENGTH)

@@ -6,10 +6,10 @@
     y, mean, rstd = LayerNormFunction.apply(x, weight, bias, spec, backend)  # NormSpec; weight, bias may be None
     y, = SoftmaxFunction.apply(x, mask, spec, backend)  # SoftmaxSpec; mask may be None
 
-They check nothing: `fastattn.functional` is the checked way in. `backend` names a kernel backend ("triton"). They work
-under autograd, torch.func and forward-mode AD, to any order. Kernels compute the forward, vmap of it, the first gradient
-and attention's tangents; each further derivative is computed by plain torch operations, unfused: of attention, in memory
-of S_q × S_k for each head.
+They check nothing: `fastattn.functional` is the checked way in. `backend` names a kernel backend ("triton"). They
+work under autograd, torch.func and forward-mode AD, to any order. Kernels compute the forward, vmap of it, the first
+gradient and attention's tangents; each further derivative is computed by plain torch operations, unfused: of
+attention, in memory of S_q × S_k for each head.
 """
 
 from fastattn.ops.attention import attention as _attention

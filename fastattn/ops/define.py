@@ -8,10 +8,10 @@ makes
 - the custom ops `fastattn::<name>` and `fastattn::<name>_backward`, for torch.compile, export, dispatch modes and
   tensor subclasses. The allocator is also their fake, so real and traced outputs agree in shape, dtype and strides.
 
-The kernels compute the operator and its gradient, and a definition may bring one for forward mode. When the gradient is
-itself differentiated, what is needed is computed from the inputs by the definition's `reference`, to any order: right,
-but unfused, which for attention holds S_q × S_k matrices. Nothing is spent on it before. Code that torch.compile compiled
-cannot be differentiated twice: that is PyTorch's limit.
+The kernels compute the operator and its gradient, and a definition may bring one for forward mode. When the gradient
+is itself differentiated, what is needed is computed from the inputs by the definition's `reference`, to any order:
+right, but unfused, which for attention holds S_q × S_k matrices. Nothing is spent on it before. Code that
+torch.compile compiled cannot be differentiated twice: that is PyTorch's limit.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastattn
+from fastattn.ops.attention import INPUTS
 from fastattn.reference.attention import attention as reference
 from fastattn.testing import assert_close, make_inputs
 
@@ -258,6 +259,6 @@ def test_compiled_jvp_is_never_silently_wrong(device):
 def test_opcheck(device):
     x = make_inputs(*[(1, 1, 20, 16)] * 3, device=device)
     o, lse = attention(*x, return_lse=True)
-    inputs = (*x, *[None] * 7, o, lse, *x, *[None] * 3)
+    inputs = (*x, *(None for _ in INPUTS[3:]), o, lse, *x, *[None] * 3)
     leaves = [t.clone().requires_grad_() if isinstance(t, Tensor) else t for t in inputs]
     torch.library.opcheck(torch.ops.fastattn.attention_jvp.default, (*leaves, 0.25, 3, 0, False, None, 0.0, "triton"))

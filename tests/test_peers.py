@@ -518,7 +518,7 @@ def test_hidden_tiles_are_visited_by_none(device):
     mask[:32, 48:50] = True  # in part
     mask[40, 5] = True
     spec = spec_of(q, k, v, mask=mask)
-    inputs = Inputs(q, k, v, None, mask[None, None], *[None] * 5)
+    inputs = Inputs(q, k, v, None, mask[None, None], *(None for _ in Inputs._fields[5:]))
     n_across = 4
     tiles = mask_tiles(inputs, spec, TileConfig(32, 16, num_warps=4, num_stages=1))["TILES"]
     n_partial, n_whole = tiles[:, 0].tolist(), tiles[:, 1].tolist()

@@ -33,6 +33,8 @@ def key_range(m_block, w, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, F: tl.co
     n_left = 0
     n_right = w.S_k // BLOCK_N
     n_max = tl.cdiv(w.S_k, BLOCK_N)
+    if F.VARLEN:  # a slot that is left over has no rows, and reads nothing
+        n_max = tl.where(m_lo < w.S_q, n_max, 0)
     if F.RIGHT:  # the last key a row sees is i + shift + right
         n_right = tl.minimum(n_right, tl.maximum(m_lo + w.shift + w.right + 1, 0) // BLOCK_N)
         n_max = tl.minimum(n_max, tl.cdiv(tl.maximum(m_hi + w.shift + w.right, 0), BLOCK_N))

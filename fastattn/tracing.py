@@ -10,7 +10,7 @@ _PLAIN_TYPES = frozenset({torch.Tensor, torch.nn.Parameter})
 
 def is_plain(*tensors: torch.Tensor | None) -> bool:
     """True in ordinary eager mode: no compiler, no functorch transform, no forward-mode AD, no dispatch mode,
-    and no tensor subclass that something else has to see through."""
+    no tensor subclass that something else has to see through, and no view whose sign is still to be changed."""
     if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
@@ -19,6 +19,6 @@ def is_plain(*tensors: torch.Tensor | None) -> bool:
     ):
         return False
     for t in tensors:
-        if t is not None and type(t) not in _PLAIN_TYPES:
+        if t is not None and (type(t) not in _PLAIN_TYPES or t.is_neg()):
             return False
     return True

@@ -27,10 +27,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastattn
-from fastattn.backends.triton.attention_common import Inputs
 from fastattn.backends.triton.configs import arch_of, backward_config, forward_config
 from fastattn.backends.triton.mask_tiles import mask_tiles
-from fastattn.spec import AttentionSpec
+from fastattn.spec import AttentionInputs, AttentionSpec
 from fastattn.testing import max_error
 
 GPU = torch.cuda.is_available()
@@ -81,7 +80,7 @@ def tiles(name: str, mask: Tensor, D: int, dtype: torch.dtype) -> list[Tiles]:
     """What the lists of each kernel hold."""
     S = mask.shape[-1]
     q = torch.empty(1, 1, S, D, dtype=dtype, device=DEVICE)
-    x = Inputs(q, q, q, None, mask[None, None], *(None for _ in Inputs._fields[5:]))
+    x = AttentionInputs(q, q, q, mask=mask[None, None])
     spec = AttentionSpec(1, 1, D, D, dtype, D**-0.5, mask=True)
     backward = backward_config(ARCH, D, D, dtype)
     found = []

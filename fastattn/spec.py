@@ -8,9 +8,35 @@ is never a new spec. This module imports nothing of ours.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+
+
+class AttentionInputs(NamedTuple):
+    """The tensors of one call of attention, and their order in operators and backends; also one gradient for each."""
+
+    q: Tensor  # (B, H, S_q, D); packed (1, H, T_q, D)
+    k: Tensor  # (B, H_kv, S_k, D)
+    v: Tensor  # (B, H_kv, S_k, D_v)
+    bias: Tensor | None = None  # (B | 1, H | 1, S_q | 1, S_k | 1)
+    mask: Tensor | None = None  # the same, bool
+    alibi_slopes: Tensor | None = None  # (H,) or (B, H)
+    sinks: Tensor | None = None  # (H,)
+    seed: Tensor | None = None  # () int64, keys the dropout
+    cu_seqlens_q: Tensor | None = None  # (B + 1,) int32, contiguous
+    cu_seqlens_k: Tensor | None = None
+    qk_scales: Tensor | None = None  # (B, H) fp32, contiguous: what q kᵀ of 8-bit q and k is multiplied by
+    v_scales: Tensor | None = None  # (B, H_kv), the same of v
+
+    @property
+    def B(self) -> int:
+        """Sequences, packed or not."""
+        return self.q.shape[0] if self.cu_seqlens_q is None else self.cu_seqlens_q.shape[0] - 1
+
+
+DIFFERENTIABLE_INPUTS = ("q", "k", "v", "bias", "alibi_slopes", "sinks")
 
 
 @dataclass(frozen=True, slots=True)

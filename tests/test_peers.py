@@ -26,9 +26,9 @@ from torch.utils.checkpoint import checkpoint
 
 import fastattn
 from fastattn.backends.triton import attention_bwd, attention_fwd
-from fastattn.backends.triton.attention_common import Inputs
 from fastattn.backends.triton.configs import BackwardConfig, TileConfig
 from fastattn.backends.triton.mask_tiles import mask_tiles
+from fastattn.spec import AttentionInputs
 from fastattn.testing import LAYOUTS, assert_close, make_inputs
 
 EVERY_FEATURE = [
@@ -518,7 +518,7 @@ def test_hidden_tiles_are_visited_by_none(device):
     mask[:32, 48:50] = True  # in part
     mask[40, 5] = True
     spec = spec_of(q, k, v, mask=mask)
-    inputs = Inputs(q, k, v, None, mask[None, None], *(None for _ in Inputs._fields[5:]))
+    inputs = AttentionInputs(q, k, v, mask=mask[None, None])
     n_across = 4
     tiles = mask_tiles(inputs, spec, TileConfig(32, 16, num_warps=4, num_stages=1))["TILES"]
     n_partial, n_whole = tiles[:, 0].tolist(), tiles[:, 1].tolist()

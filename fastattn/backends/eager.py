@@ -8,14 +8,14 @@ looked at and are finite: CPU tensors in ordinary eager mode. On a GPU a look wo
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from fastattn.backends import reference
 from fastattn.reference.attention import visible_keys
-from fastattn.spec import AttentionSpec, NormSpec, SoftmaxSpec
+from fastattn.spec import AttentionInputs, AttentionSpec, NormSpec, SoftmaxSpec
 from fastattn.tracing import is_plain
 
 NAME = "eager"
@@ -88,18 +88,12 @@ def _nothing_can_leak(*inputs: Tensor) -> bool:
 
 
 def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    x: AttentionInputs,
     spec: AttentionSpec,
     return_lse: bool = False,
-    bias: Tensor | None = None,
-    mask: Tensor | None = None,
-    alibi_slopes: Tensor | None = None,
-    sinks: Tensor | None = None,
-    seed: Tensor | None = None,
-    *packed: Any,
+    max_seqlens: Sequence[int | Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
+    q, k, v, bias, mask = x[:5]
     if not return_lse and q.numel() and k.numel() and v.numel():
         if spec.plain:
             return _fused(q, k, v, spec), None
@@ -112,7 +106,7 @@ def attention(
                 if spec.left is None and spec.right == 0 and not spec.mask and S_q == S_k:
                     return _fused(q, k, v, spec, causal=True), None
                 return _fused(q, k, v, spec, visible_keys(spec, S_q, S_k, mask, q.device)), None
-    return reference.attention(q, k, v, spec, return_lse, bias, mask, alibi_slopes, sinks, seed, *packed)
+    return reference.attention(x, spec, return_lse, max_seqlens)
 
 
 def _fused(

@@ -15,7 +15,7 @@ from fastattn.reference.layer_norm import layer_norm as _layer_norm
 from fastattn.reference.softmax import softmax as _softmax
 from fastattn.reference.softmax import softmax_gradient as _softmax_gradient
 from fastattn.reference.softmax import softmax_tangent as _softmax_tangent
-from fastattn.spec import AttentionSpec, NormSpec, SoftmaxSpec
+from fastattn.spec import AttentionInputs, AttentionSpec, NormSpec, SoftmaxSpec
 
 NAME = "reference"
 COMPOSITE = True
@@ -34,22 +34,13 @@ def describe(spec: AttentionSpec | NormSpec | SoftmaxSpec, device: torch.device)
 
 
 def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    x: AttentionInputs,
     spec: AttentionSpec,
     return_lse: bool = False,
-    bias: Tensor | None = None,
-    mask: Tensor | None = None,
-    alibi_slopes: Tensor | None = None,
-    sinks: Tensor | None = None,
-    seed: Tensor | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    qk_scales: Tensor | None = None,
-    v_scales: Tensor | None = None,
     max_seqlens: Sequence[int | Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
+    """o and lse; packed sequences are padded to `max_seqlens`, or where these are not ints to what the lengths say."""
+    q, k, v, bias, mask, alibi_slopes, sinks, seed, cu_seqlens_q, cu_seqlens_k, qk_scales, v_scales = x
     call: dict[str, Any] = {"bias": bias, "mask": mask, "alibi_slopes": alibi_slopes, "sinks": sinks, "seed": seed}
     call |= {"qk_scales": qk_scales, "v_scales": v_scales}
     with torch.autocast(q.device.type, enabled=False) if torch._C._is_any_autocast_enabled() else nullcontext():

@@ -12,7 +12,7 @@ from fastattn import _arguments as check
 from fastattn import backends
 from fastattn.functional._plan import autocast, cached
 from fastattn.ops.attention import attention as attention_op
-from fastattn.spec import AttentionSpec
+from fastattn.spec import AttentionInputs, AttentionSpec
 
 
 @cached
@@ -55,11 +55,13 @@ def _attend(
         B = q.shape[0] if sequences is None else sequences.B
         named = dict(zip(("q_scale", "k_scale", "v_scale"), scales, strict=True))
         qk_scales, v_scales = check.fp8_scales(fn, spec, B, (q, k, v, bias, alibi_slopes, sinks), named)
-    inputs = (bias, mask, alibi_slopes, sinks, seed, cu_seqlens_q, cu_seqlens_k, qk_scales, v_scales)
+    inputs = AttentionInputs(
+        q, k, v, bias, mask, alibi_slopes, sinks, seed, cu_seqlens_q, cu_seqlens_k, qk_scales, v_scales
+    )
     if run.COMPOSITE:
-        o, lse = run.attention(q, k, v, spec, return_lse, *inputs, max_seqlens)
+        o, lse = run.attention(inputs, spec, return_lse, max_seqlens)
     else:
-        o, lse = attention_op((q, k, v, *inputs), spec, run.NAME)
+        o, lse = attention_op(inputs, spec, run.NAME)
     return (o, lse) if return_lse else o
 
 
@@ -224,7 +226,7 @@ def varlen_attention(
             cu_seqlens_q[b + 1] of q. Lengths may be 0. Its values are checked on a CPU only.
         cu_seqlens_k: (B + 1,) int32, the same of k and v.
         max_seqlen_q: the longest sequence of q, or a bound of it: an int, or an integer tensor of one element, which is
-            never read on the host. The kernels need neither; bias and mask are sized by it.
+            read on the host only where it lies there. The kernels need neither; bias and mask are sized by it.
         max_seqlen_k: the same of k.
         causal: True needs cu_seqlens_k to be the same tensor as cu_seqlens_q; otherwise "top_left" or "bottom_right".
             The diagonal is each sequence's own.
@@ -248,8 +250,6 @@ def varlen_attention(
         torch.Size([7, 4, 16])
     """
     fn = "varlen_attention"
-    for name, t in (("q", q), ("k", k), ("v", v)):
-        check.check_tensor(fn, name, t)
     sequences = check.sequences(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     if causal is True:
         causal = check.packed_alignment(cu_seqlens_q, cu_seqlens_k)

@@ -14,13 +14,9 @@ from torch import Tensor
 from fastattn.backends import get
 from fastattn.ops.attention_jvp import fused_tangents
 from fastattn.ops.define import Definition, Operator
-from fastattn.spec import AttentionSpec
+from fastattn.spec import DIFFERENTIABLE_INPUTS, AttentionInputs, AttentionSpec
 
-INPUTS = (
-    *("q", "k", "v", "bias", "mask", "alibi_slopes", "sinks", "seed"),
-    *("cu_seqlens_q", "cu_seqlens_k", "qk_scales", "v_scales"),
-)
-_HAVE_GRADS = ("q", "k", "v", "bias", "alibi_slopes", "sinks")
+INPUTS = AttentionInputs._fields
 
 
 def output_like(q: Tensor, D_v: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -37,7 +33,7 @@ def _allocate(inputs, spec: AttentionSpec):
 
 
 def _launch(outputs, inputs, spec: AttentionSpec, backend: str):
-    get(backend).attention_forward(*outputs, inputs, spec)
+    get(backend).attention_forward(*outputs, AttentionInputs(*inputs), spec)
 
 
 def _allocate_grads(saved, wanted, spec: AttentionSpec):
@@ -46,17 +42,16 @@ def _allocate_grads(saved, wanted, spec: AttentionSpec):
         return output_like(t, t.shape[3]) if name in ("q", "k", "v") else t.new_empty(t.shape)
 
     pairs = zip(INPUTS, wanted, strict=True)
-    return tuple(grad_of(name) if want and name in _HAVE_GRADS else None for name, want in pairs)
+    return tuple(grad_of(name) if want and name in DIFFERENTIABLE_INPUTS else None for name, want in pairs)
 
 
 def _launch_backward(grad_inputs, grads, saved, spec: AttentionSpec, backend: str):
-    inputs = tuple(saved[name] for name in INPUTS)
-    get(backend).attention_backward(grad_inputs, *grads, inputs, saved["o"], saved["lse"], spec)
+    inputs = AttentionInputs(*(saved[name] for name in INPUTS))
+    get(backend).attention_backward(AttentionInputs(*grad_inputs), *grads, inputs, saved["o"], saved["lse"], spec)
 
 
 def _reference(inputs, spec: AttentionSpec):
-    q, k, v, *features = inputs
-    return get("reference").attention(q, k, v, spec, True, *features)
+    return get("reference").attention(AttentionInputs(*inputs), spec, return_lse=True)
 
 
 def _encode(spec: AttentionSpec) -> tuple:

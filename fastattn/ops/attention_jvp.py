@@ -7,6 +7,7 @@ hold S_q × S_k matrices.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,15 +15,13 @@ from torch import Tensor
 from fastattn.backends import get
 from fastattn.ops.define import Definition, Operator
 from fastattn.ops.differentiate import Tensors, vjp
-from fastattn.spec import AttentionSpec
-
-_HAVE_TANGENTS = ("q", "k", "v", "bias", "alibi_slopes", "sinks")
+from fastattn.spec import DIFFERENTIABLE_INPUTS, AttentionInputs, AttentionSpec
 
 
 def fused_tangents(attention: Definition) -> Callable[[Tensors, Tensors, Tensors, AttentionSpec, str], Tensors]:
     """`Definition.tangents` of attention."""
     operator = Operator(_definition(attention))
-    index = [operator.input_names.index(name) for name in _HAVE_TANGENTS]
+    index = [operator.input_names.index(name) for name in DIFFERENTIABLE_INPUTS]
 
     def tangents(inputs: Tensors, outputs: Tensors, tangents: Tensors, spec: AttentionSpec, backend: str) -> Tensors:
         # Outputs are only there to be read: the operator's derivative is that of a function of the inputs.
@@ -40,7 +39,7 @@ def _stored(tangent: Tensor | None) -> Tensor | None:
 def _definition(attention: Definition) -> Definition:
     """(inputs, o, lse, tangents of inputs) -> (to, tlse), a function of the inputs and their tangents."""
     n = len(attention.inputs)
-    index = [[name.rstrip("?") for name in attention.inputs].index(name) for name in _HAVE_TANGENTS]
+    index = [[name.rstrip("?") for name in attention.inputs].index(name) for name in DIFFERENTIABLE_INPUTS]
 
     def split(tensors: Tensors) -> tuple[Tensors, Tensors, Tensors]:
         return tensors[:n], tensors[n : n + 2], tensors[n + 2 :]
@@ -50,7 +49,9 @@ def _definition(attention: Definition) -> Definition:
 
     def launch(results: Tensors, tensors: Tensors, spec: AttentionSpec, backend: str) -> None:
         inputs, outputs, tangents = split(tensors)
-        get(backend).attention_tangents(*results, tangents, inputs, *outputs, spec)
+        named: dict[str, Any] = dict(zip(DIFFERENTIABLE_INPUTS, tangents, strict=True))
+        x = AttentionInputs._make(inputs)
+        get(backend).attention_tangents(*results, AttentionInputs(**named), x, *outputs, spec)
 
     def reference(tensors: Tensors, spec: AttentionSpec) -> Tensors:
         """J t as the gradient by u of <Jᵀ u, t>, which is reverse mode alone and so nests in every transform."""
@@ -77,7 +78,7 @@ def _definition(attention: Definition) -> Definition:
             if grad is not None and value is not None:
                 grad.copy_(value)
 
-    inputs = (*attention.inputs, *attention.outputs, *(f"t{name}?" for name in _HAVE_TANGENTS))
+    inputs = (*attention.inputs, *attention.outputs, *(f"t{name}?" for name in DIFFERENTIABLE_INPUTS))
     return Definition(
         name="attention_jvp",
         function_name="AttentionJVPFunction",

@@ -8,13 +8,12 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastattn.errors import UnsupportedError
-from fastattn.spec import AttentionSpec, NormSpec, SoftmaxSpec
+from fastattn.spec import AttentionInputs, AttentionSpec, NormSpec, SoftmaxSpec
 
 NAME = "triton"
 COMPOSITE = False
@@ -120,48 +119,48 @@ def _on(t: Tensor):
     return torch.cuda.device_of(t)
 
 
-def attention_forward(o: Tensor, lse: Tensor, inputs: tuple[Any, ...], spec: AttentionSpec) -> None:
-    from fastattn.backends.triton.attention_common import Inputs
+def attention_forward(o: Tensor, lse: Tensor, x: AttentionInputs, spec: AttentionSpec) -> None:
     from fastattn.backends.triton.attention_fwd import launch
 
     with _on(o):
-        launch(o, lse, Inputs(*inputs), spec)
+        launch(o, lse, x, spec)
 
 
 def attention_backward(
-    grad_inputs: tuple[Any, ...],
+    grads: AttentionInputs,
     do: Tensor | None,
     dlse: Tensor | None,
-    inputs: tuple[Any, ...],
+    x: AttentionInputs,
     o: Tensor,
     lse: Tensor,
     spec: AttentionSpec,
 ) -> None:
     from fastattn.backends.triton.attention_bwd import launch
-    from fastattn.backends.triton.attention_common import Grads, Inputs
 
-    if spec.fp8:
-        raise UnsupportedError("attention: 8-bit inputs have a forward only.")
+    _has_derivatives(spec)
     with _on(o):
-        launch(Grads(*grad_inputs), do, dlse, Inputs(*inputs), o, lse, spec)
+        launch(grads, do, dlse, x, o, lse, spec)
 
 
 def attention_tangents(
     to: Tensor,
     tlse: Tensor,
-    tangents: tuple[Any, ...],
-    inputs: tuple[Any, ...],
+    tangents: AttentionInputs,
+    x: AttentionInputs,
     o: Tensor,
     lse: Tensor,
     spec: AttentionSpec,
 ) -> None:
-    from fastattn.backends.triton.attention_common import Inputs
-    from fastattn.backends.triton.attention_jvp import Tangents, launch
+    from fastattn.backends.triton.attention_jvp import launch
 
+    _has_derivatives(spec)
+    with _on(o):
+        launch(to, tlse, tangents, x, o, lse, spec)
+
+
+def _has_derivatives(spec: AttentionSpec) -> None:
     if spec.fp8:
         raise UnsupportedError("attention: 8-bit inputs have a forward only.")
-    with _on(o):
-        launch(to, tlse, Tangents(*tangents), Inputs(*inputs), o, lse, spec)
 
 
 def _rows(t: Tensor, n_dims: int) -> Tensor:

@@ -19,19 +19,20 @@ from torch import Tensor
 
 from fastattn.backends.triton.attention_bwd_bias import run_dbias
 from fastattn.backends.triton.attention_common import (
-    Grads,
-    Inputs,
+    arch,
     constants,
     matrix_strides,
+    n_tiles,
     score_arguments,
     sequence_arguments,
     strides,
     tile_arguments,
 )
-from fastattn.backends.triton.blocks.block_range import key_range, listed, query_range, tile_at
+from fastattn.backends.triton.blocks.block_range import key_spans, listed, query_range, tile_at
 from fastattn.backends.triton.blocks.dropout import dropout_factor, head_dropout
 from fastattn.backends.triton.blocks.features import Dropout
 from fastattn.backends.triton.blocks.mask import finite_or_zero, head_window, hide, visible, window_of
+from fastattn.backends.triton.blocks.query_tile import query_tile
 from fastattn.backends.triton.blocks.score import apply_score, distance, head_score, score_factor, scores_of
 from fastattn.backends.triton.blocks.seqlen import head_start, locate, other_rows, own_rows
 from fastattn.backends.triton.blocks.softmax import load_lse, load_sink, probability
@@ -48,7 +49,7 @@ from fastattn.backends.triton.blocks.tile import (
 )
 from fastattn.backends.triton.configs import TileConfig, backward_config
 from fastattn.backends.triton.mask_tiles import mask_tiles
-from fastattn.spec import AttentionSpec
+from fastattn.spec import AttentionInputs, AttentionSpec
 
 
 @triton.jit
@@ -92,24 +93,16 @@ def attention_backward_dq_kernel(
     n_across, stride_tiles_b, stride_tiles_h,
     stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n,
     stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n,
-    stride_slope_b, stride_slope_h,
+    stride_slope_b, stride_slope_h, stride_sink_h,
     B, H, S_q, S_k, shift, left, right, scale, softcap, dropout_threshold, dropout_scale,
     G: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     F: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    b, h, m_block = locate(tl.program_id(0), CU_SEQLENS_Q, B, H, S_q, BLOCK_M, True, F)
-    rows_q, rows_k = own_rows(b, CU_SEQLENS_Q, B, S_q, F), other_rows(b, CU_SEQLENS_K, B, S_k, F)
-    w = window_of(
-        b, rows_q.length, rows_k.length, shift, left, right, MASK, stride_mask_b, stride_mask_h, stride_mask_m,
-        stride_mask_n, F,
+    b, h, m_block, rows_q, rows_k, w, score, drop = query_tile(
+        CU_SEQLENS_Q, CU_SEQLENS_K, MASK, BIAS, SLOPES, SEED, stride_mask_b, stride_mask_h, stride_mask_m,
+        stride_mask_n, stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n, stride_slope_b, stride_slope_h,
+        B, H, S_q, S_k, shift, left, right, scale, softcap, dropout_threshold, dropout_scale, BLOCK_M, F,
     )  # fmt: skip
-    w = head_window(w, h, F)
-    scores = scores_of(
-        b, B, scale, softcap, SLOPES, stride_slope_b, stride_slope_h, BIAS, stride_bias_b, stride_bias_h, stride_bias_m,
-        stride_bias_n, F,
-    )  # fmt: skip
-    score = head_score(scores, h, F)
-    drop = Dropout(tl.load(SEED) if F.DROPOUT else 0, b, h, dropout_threshold, dropout_scale)
 
     m_start = m_block * BLOCK_M
     m = m_start + tl.arange(0, BLOCK_M)
@@ -124,7 +117,7 @@ def attention_backward_dq_kernel(
     start = head_start(rows_q, h, H, S_q)
     tl.store(DELTA + start + m, delta, mask=m < w.S_q)
     if DSINKS is not None:
-        p_sink = probability(load_sink(SINKS, h, b, B, F), load_lse(LSE + start, m, w.S_q), 1.0)
+        p_sink = probability(load_sink(SINKS, stride_sink_h, h, b, B, F), load_lse(LSE + start, m, w.S_q), 1.0)
         tl.store(DSINKS + tl.program_id(0), -tl.sum(p_sink * delta, 0))
 
     if DQ is not None or DSLOPES is not None:
@@ -136,10 +129,9 @@ def attention_backward_dq_kernel(
         q = load_tile(q_rows, m_start, m, w.S_q, True, D)  # (M, D)
         dq = zeros(BLOCK_M, D)
         dslope = tl.zeros([BLOCK_M], tl.float32)
-        if F.MASK:
-            spans = listed(TILES, n_across, stride_tiles_b, stride_tiles_h, b, h, m_block, CU_SEQLENS_Q, BLOCK_M, F)
-        else:
-            spans = key_range(m_block, w, BLOCK_M, BLOCK_N, F)
+        spans = key_spans(
+            m_block, w, TILES, n_across, stride_tiles_b, stride_tiles_h, b, h, CU_SEQLENS_Q, BLOCK_M, BLOCK_N, F
+        )
         if F.LEFT or F.MASK:
             dq, dslope = _query_span(
                 dq, dslope, q, do, lse, delta, k_rows, v_rows, m, spans.min, spans.left, spans, w, score, drop,
@@ -281,7 +273,15 @@ def attention_backward_dkdv_kernel(
         store_tile(dv_rows, n_start, dv, n, w.S_k, D_V)
 
 
-def launch(grads: Grads, do: Tensor | None, dlse: Tensor | None, x: Inputs, o: Tensor, lse: Tensor, spec) -> None:
+def launch(
+    grads: AttentionInputs,
+    do: Tensor | None,
+    dlse: Tensor | None,
+    x: AttentionInputs,
+    o: Tensor,
+    lse: Tensor,
+    spec: AttentionSpec,
+) -> None:
     """Fill the gradients that are not None, from the gradients of o and lse that are not None."""
     if x.B == 0:
         for grad in grads:
@@ -291,7 +291,7 @@ def launch(grads: Grads, do: Tensor | None, dlse: Tensor | None, x: Inputs, o: T
     if do is None:
         do = o.new_zeros(()).expand(o.shape)
     lse = lse.contiguous()  # vmap hands out expanded ones
-    cfg = backward_config(x.arch, spec.D, spec.D_v, spec.dtype)
+    cfg = backward_config(arch(x), spec.D, spec.D_v, spec.dtype)
     delta = torch.empty_like(lse)
     run_dq(grads, delta, do, dlse, x, o, lse, spec, cfg.dq)
     if grads.k is not None or grads.v is not None:
@@ -300,27 +300,26 @@ def launch(grads: Grads, do: Tensor | None, dlse: Tensor | None, x: Inputs, o: T
         run_dbias(grads.bias, delta, do, x, lse, spec, cfg.dbias)
 
 
-def run_dq(grads, delta, do, dlse, x: Inputs, o, lse, spec: AttentionSpec, cfg: TileConfig) -> None:
+def run_dq(grads, delta, do, dlse, x: AttentionInputs, o, lse, spec: AttentionSpec, cfg: TileConfig) -> None:
     """delta, dq, and the gradients of slopes and sinks."""
-    n_tiles = x.n_tiles(x.q.shape[2], cfg.BLOCK_M)
-    dslopes, dsinks = (
-        None if g is None else lse.new_empty(n_tiles * spec.H) for g in (grads.alibi_slopes, grads.sinks)
-    )
-    if n_tiles > 0:
-        attention_backward_dq_kernel[(n_tiles * spec.H,)](
+    grid = n_tiles(x, x.q.shape[2], cfg.BLOCK_M) * spec.H
+    dslopes, dsinks = (None if g is None else lse.new_empty(grid) for g in (grads.alibi_slopes, grads.sinks))
+    if grid > 0:
+        attention_backward_dq_kernel[(grid,)](
             DQ=grads.q, DELTA=delta, DSLOPES=dslopes, DSINKS=dsinks, Q=x.q, K=x.k, V=x.v, O=o, DO=do, LSE=lse,
             DLSE=dlse, SINKS=x.sinks, H=spec.H, **matrix_strides(dq=grads.q, q=x.q, k=x.k, v=x.v, o=o, do=do),
-            **strides("dlse_", dlse, "bhm"), **sequence_arguments(x, spec), **score_arguments(x, spec),
-            **mask_tiles(x, spec, cfg), **constants(x, spec, o, do, grads.q), **tile_arguments(cfg),
+            **strides("dlse_", dlse, "bhm"), **strides("sink_", x.sinks, "h"), **sequence_arguments(x, spec),
+            **score_arguments(x, spec), **mask_tiles(x, spec, cfg), **constants(x, spec, o, do, grads.q),
+            **tile_arguments(cfg),
         )  # fmt: skip
     for grad, parts in ((grads.alibi_slopes, dslopes), (grads.sinks, dsinks)):
         if grad is not None and parts is not None:
             grad.copy_(sum_of_parts(parts, grad.dim() == 2, x, spec, cfg.BLOCK_M))
 
 
-def run_dkdv(grads, delta, do, x: Inputs, lse, spec: AttentionSpec, cfg: TileConfig) -> None:
+def run_dkdv(grads, delta, do, x: AttentionInputs, lse, spec: AttentionSpec, cfg: TileConfig) -> None:
     """dk and dv."""
-    grid = x.n_tiles(x.k.shape[2], cfg.BLOCK_N) * spec.H_kv
+    grid = n_tiles(x, x.k.shape[2], cfg.BLOCK_N) * spec.H_kv
     if grid == 0:
         return
     attention_backward_dkdv_kernel[(grid,)](
@@ -331,7 +330,7 @@ def run_dkdv(grads, delta, do, x: Inputs, lse, spec: AttentionSpec, cfg: TileCon
     )  # fmt: skip
 
 
-def sum_of_parts(parts: Tensor, by_sequence: bool, x: Inputs, spec: AttentionSpec, BLOCK_M: int) -> Tensor:
+def sum_of_parts(parts: Tensor, by_sequence: bool, x: AttentionInputs, spec: AttentionSpec, BLOCK_M: int) -> Tensor:
     """The sums by head, (H,) or (B, H), of what the programs of the first pass left, one number each."""
     if x.cu_seqlens_q is None:
         by_batch = parts.view(x.B, spec.H, -1).sum(2)

@@ -13,7 +13,6 @@ import triton.language as tl
 from torch import Tensor
 
 from fastattn.backends.triton.attention_common import (
-    Inputs,
     constants,
     matrix_strides,
     score_arguments,
@@ -29,7 +28,7 @@ from fastattn.backends.triton.blocks.seqlen import head_start, sequence
 from fastattn.backends.triton.blocks.softmax import load_lse, probability
 from fastattn.backends.triton.blocks.tile import inner, load_tile, matrix
 from fastattn.backends.triton.configs import TileConfig
-from fastattn.spec import AttentionSpec
+from fastattn.spec import AttentionInputs, AttentionSpec
 
 _PROGRAMS = 512  # a bias of few tiles is cut into parts, so that there are about so many programs
 
@@ -117,7 +116,9 @@ def attention_backward_dbias_kernel(
         tl.store(DBIAS + entry, acc.to(dtype), mask=(m < M_bias)[:, None] & (n < N_bias)[None, :])
 
 
-def run_dbias(dbias: Tensor, delta: Tensor, do: Tensor, x: Inputs, lse: Tensor, spec: AttentionSpec, cfg: TileConfig):
+def run_dbias(
+    dbias: Tensor, delta: Tensor, do: Tensor, x: AttentionInputs, lse: Tensor, spec: AttentionSpec, cfg: TileConfig
+) -> None:
     """Fill dbias, contiguous."""
     B, H, M, N = dbias.shape
     tiles = B * H * triton.cdiv(M, cfg.BLOCK_M) * triton.cdiv(N, cfg.BLOCK_N)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -10,54 +10,16 @@ from torch import Tensor
 
 from fastattn.backends.triton.blocks.features import Features
 from fastattn.backends.triton.configs import Columns, TileConfig, arch_of, dot_precision
-from fastattn.spec import AttentionSpec
+from fastattn.spec import AttentionInputs, AttentionSpec
 
 
-class Inputs(NamedTuple):
-    """The tensors of one call, in the order of the operator's inputs."""
-
-    q: Tensor  # (B, H, S_q, D); packed (1, H, T_q, D)
-    k: Tensor  # (B, H_kv, S_k, D)
-    v: Tensor  # (B, H_kv, S_k, D_v)
-    bias: Tensor | None  # (B | 1, H | 1, S_q | 1, S_k | 1)
-    mask: Tensor | None  # the same, bool
-    alibi_slopes: Tensor | None  # (H,) or (B, H)
-    sinks: Tensor | None  # (H,)
-    seed: Tensor | None  # () int64
-    cu_seqlens_q: Tensor | None  # (B + 1,) int32
-    cu_seqlens_k: Tensor | None
-    qk_scales: Tensor | None  # (B, H) fp32, contiguous: what q kᵀ of 8-bit q and k is multiplied by
-    v_scales: Tensor | None  # (B, H_kv), the same of v
-
-    @property
-    def B(self) -> int:
-        """Sequences, packed or not."""
-        return self.q.shape[0] if self.cu_seqlens_q is None else self.cu_seqlens_q.shape[0] - 1
-
-    @property
-    def arch(self) -> str:
-        return arch_of(self.q.device)
-
-    def n_tiles(self, S: int, BLOCK: int) -> int:
-        """Tiles of one head: of all B sequences of length S, or slots for tiles of the sequences packed into S rows."""
-        return self.B * triton.cdiv(S, BLOCK) if self.cu_seqlens_q is None else S // BLOCK + self.B + 1
+def arch(x: AttentionInputs) -> str:
+    return arch_of(x.q.device)
 
 
-class Grads(NamedTuple):
-    """Where to write the gradients of the inputs that have one; None where it is not wanted."""
-
-    q: Tensor | None
-    k: Tensor | None
-    v: Tensor | None
-    bias: Tensor | None
-    mask: None
-    alibi_slopes: Tensor | None
-    sinks: Tensor | None
-    seed: None
-    cu_seqlens_q: None
-    cu_seqlens_k: None
-    qk_scales: None
-    v_scales: None
+def n_tiles(x: AttentionInputs, S: int, BLOCK: int) -> int:
+    """Tiles of one head: of all B sequences of length S, or slots for tiles of the sequences packed into S rows."""
+    return x.B * triton.cdiv(S, BLOCK) if x.cu_seqlens_q is None else S // BLOCK + x.B + 1
 
 
 def strides(name: str, t: Tensor | None, axes: str) -> dict[str, int]:
@@ -91,7 +53,7 @@ def window_arguments(spec: AttentionSpec, S_q: int, S_k: int) -> dict[str, int]:
     return {"shift": shift, "left": left, "right": right}
 
 
-def sequence_arguments(x: Inputs, spec: AttentionSpec) -> dict[str, Any]:
+def sequence_arguments(x: AttentionInputs, spec: AttentionSpec) -> dict[str, Any]:
     """What a kernel needs to know which rows and which mask entries it works on."""
     S_q, S_k = x.q.shape[2], x.k.shape[2]
     return {
@@ -106,7 +68,7 @@ def sequence_arguments(x: Inputs, spec: AttentionSpec) -> dict[str, Any]:
     }
 
 
-def score_arguments(x: Inputs, spec: AttentionSpec) -> dict[str, Any]:
+def score_arguments(x: AttentionInputs, spec: AttentionSpec) -> dict[str, Any]:
     """What turns q kᵀ into probabilities."""
     slopes = x.alibi_slopes
     if slopes is not None and slopes.dim() == 1:
@@ -125,7 +87,7 @@ def score_arguments(x: Inputs, spec: AttentionSpec) -> dict[str, Any]:
     }
 
 
-def constants(x: Inputs, spec: AttentionSpec, *others: Tensor | None) -> dict[str, Any]:
+def constants(x: AttentionInputs, spec: AttentionSpec, *others: Tensor | None) -> dict[str, Any]:
     """The constexprs, tile sizes apart; `others`: all tensors that are read or written beside q, k and v."""
     return {
         "G": spec.G,

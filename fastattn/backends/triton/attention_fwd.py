@@ -15,32 +15,32 @@ import triton.language as tl
 from torch import Tensor
 
 from fastattn.backends.triton.attention_common import (
-    Inputs,
+    arch,
     constants,
     matrix_strides,
+    n_tiles,
     score_arguments,
     sequence_arguments,
+    strides,
     tile_arguments,
 )
-from fastattn.backends.triton.blocks.block_range import key_range, listed, tile_at
+from fastattn.backends.triton.blocks.block_range import key_spans, tile_at
 from fastattn.backends.triton.blocks.constants import NEG_INF
 from fastattn.backends.triton.blocks.dropout import dropout_factor
-from fastattn.backends.triton.blocks.features import Dropout
 from fastattn.backends.triton.blocks.mask import (
     add_infinity,
     finite_or_zero,
     has_non_finite,
-    head_window,
     visible,
-    window_of,
 )
-from fastattn.backends.triton.blocks.score import apply_score, head_score, scaled_score, score_factor, scores_of
-from fastattn.backends.triton.blocks.seqlen import head_start, locate, other_rows, own_rows
+from fastattn.backends.triton.blocks.query_tile import query_tile
+from fastattn.backends.triton.blocks.score import apply_score, scaled_score, score_factor
+from fastattn.backends.triton.blocks.seqlen import head_start
 from fastattn.backends.triton.blocks.softmax import finish_softmax, load_sink, online_softmax
 from fastattn.backends.triton.blocks.tile import inner, load_tile, matrix, outer, scaled, store_tile, widened, zeros
 from fastattn.backends.triton.configs import forward_config
 from fastattn.backends.triton.mask_tiles import mask_tiles
-from fastattn.spec import AttentionSpec
+from fastattn.spec import AttentionInputs, AttentionSpec
 
 
 @triton.jit
@@ -103,31 +103,22 @@ def attention_forward_kernel(
     n_across, stride_tiles_b, stride_tiles_h,
     stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n,
     stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n,
-    stride_slope_b, stride_slope_h,
+    stride_slope_b, stride_slope_h, stride_sink_h,
     B, H, S_q, S_k, shift, left, right, scale, softcap, dropout_threshold, dropout_scale,
     G: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     F: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    # Neighbouring programs share a head, and with it K and V in L2; the longest causal rows start first.
-    b, h, m_block = locate(tl.program_id(0), CU_SEQLENS_Q, B, H, S_q, BLOCK_M, True, F)
-    rows_q, rows_k = own_rows(b, CU_SEQLENS_Q, B, S_q, F), other_rows(b, CU_SEQLENS_K, B, S_k, F)
+    b, h, m_block, rows_q, rows_k, w, score, drop = query_tile(
+        CU_SEQLENS_Q, CU_SEQLENS_K, MASK, BIAS, SLOPES, SEED, stride_mask_b, stride_mask_h, stride_mask_m,
+        stride_mask_n, stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n, stride_slope_b, stride_slope_h,
+        B, H, S_q, S_k, shift, left, right, scale, softcap, dropout_threshold, dropout_scale, BLOCK_M, F,
+    )  # fmt: skip
     m_start = m_block * BLOCK_M
     if F.VARLEN:
         if m_start >= rows_q.length:
             return
-    w = window_of(
-        b, rows_q.length, rows_k.length, shift, left, right, MASK, stride_mask_b, stride_mask_h, stride_mask_m,
-        stride_mask_n, F,
-    )  # fmt: skip
-    w = head_window(w, h, F)
-    scores = scores_of(
-        b, B, scale, softcap, SLOPES, stride_slope_b, stride_slope_h, BIAS, stride_bias_b, stride_bias_h, stride_bias_m,
-        stride_bias_n, F,
-    )  # fmt: skip
-    score = head_score(scores, h, F)
     if F.FP8:  # packed rows after the last of B sequences use none
         score = scaled_score(score, tl.load(QK_SCALES + b * H + h, mask=b < B, other=1.0))
-    drop = Dropout(tl.load(SEED) if F.DROPOUT else 0, b, h, dropout_threshold, dropout_scale)
     q_rows = matrix(Q, rows_q, h, stride_qb, stride_qh, stride_qm, stride_qd, BLOCK_M, D, F)
     k_rows = matrix(K, rows_k, h // G, stride_kb, stride_kh, stride_kn, stride_kd, BLOCK_N, D, F)
     v_rows = matrix(V, rows_k, h // G, stride_vb, stride_vh, stride_vn, stride_vd, BLOCK_N, D_V, F)
@@ -140,10 +131,9 @@ def attention_forward_kernel(
     row_max = tl.full([BLOCK_M], NEG_INF, tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     non_finite = 0
-    if F.MASK:
-        spans = listed(TILES, n_across, stride_tiles_b, stride_tiles_h, b, h, m_block, CU_SEQLENS_Q, BLOCK_M, F)
-    else:
-        spans = key_range(m_block, w, BLOCK_M, BLOCK_N, F)
+    spans = key_spans(
+        m_block, w, TILES, n_across, stride_tiles_b, stride_tiles_h, b, h, CU_SEQLENS_Q, BLOCK_M, BLOCK_N, F
+    )
     if F.LEFT or F.MASK:
         acc, row_max, row_sum, non_finite = _forward_span(
             acc, row_max, row_sum, non_finite, q, k_rows, v_rows, m, spans.min, spans.left, spans, w, score, drop,
@@ -163,7 +153,7 @@ def attention_forward_kernel(
             last = spans.left if F.MASK else spans.max
             acc = restore_non_finite(acc, v_rows, m, spans.min, last, spans, w, D_V, BLOCK_N, F, DOT)
 
-    sink = load_sink(SINKS, h, b, B, F)
+    sink = load_sink(SINKS, stride_sink_h, h, b, B, F)
     o, lse = finish_softmax(acc, row_max, row_sum, score_factor(score, F), sink, F)
     if F.FP8:
         o = scaled(o, tl.load(V_SCALES + (b * H + h) // G, mask=b < B, other=1.0))
@@ -172,20 +162,20 @@ def attention_forward_kernel(
     tl.store(LSE + head_start(rows_q, h, H, S_q) + m, lse, mask=m < w.S_q)
 
 
-def launch(o: Tensor, lse: Tensor, x: Inputs, spec: AttentionSpec) -> None:
+def launch(o: Tensor, lse: Tensor, x: AttentionInputs, spec: AttentionSpec) -> None:
     """Fill o and lse."""
     if x.B == 0:
         o.zero_()
         lse.fill_(-math.inf)
         return
-    cfg = forward_config(x.arch, spec.D, spec.D_v, spec.dtype)
-    grid = x.n_tiles(x.q.shape[2], cfg.BLOCK_M) * spec.H
+    cfg = forward_config(arch(x), spec.D, spec.D_v, spec.dtype)
+    grid = n_tiles(x, x.q.shape[2], cfg.BLOCK_M) * spec.H
     if grid == 0:
         return
     attention_forward_kernel[(grid,)](
         Q=x.q, K=x.k, V=x.v, O=o, LSE=lse, SINKS=x.sinks, QK_SCALES=x.qk_scales, V_SCALES=x.v_scales, H=spec.H,
-        **matrix_strides(q=x.q, k=x.k, v=x.v, o=o), **sequence_arguments(x, spec), **score_arguments(x, spec),
-        **mask_tiles(x, spec, cfg), **constants(x, spec, o), **tile_arguments(cfg),
+        **matrix_strides(q=x.q, k=x.k, v=x.v, o=o), **strides("sink_", x.sinks, "h"), **sequence_arguments(x, spec),
+        **score_arguments(x, spec), **mask_tiles(x, spec, cfg), **constants(x, spec, o), **tile_arguments(cfg),
     )  # fmt: skip
 
 

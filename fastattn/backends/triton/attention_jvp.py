@@ -12,52 +12,39 @@ D_v) in o's dtype, tlse (B, H, S_q) fp32.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastattn.backends.triton.attention_common import (
-    Inputs,
+    arch,
     constants,
     matrix_strides,
+    n_tiles,
     score_arguments,
     sequence_arguments,
     strides,
     tile_arguments,
 )
 from fastattn.backends.triton.attention_fwd import restore_non_finite
-from fastattn.backends.triton.blocks.block_range import key_range, listed, tile_at
+from fastattn.backends.triton.blocks.block_range import key_spans, tile_at
 from fastattn.backends.triton.blocks.dropout import dropout_factor
-from fastattn.backends.triton.blocks.features import Dropout, Features
+from fastattn.backends.triton.blocks.features import Features
 from fastattn.backends.triton.blocks.mask import (
     finite_or_zero,
     has_non_finite,
-    head_window,
     hide,
     is_finite,
     visible,
-    window_of,
 )
+from fastattn.backends.triton.blocks.query_tile import query_tile
 from fastattn.backends.triton.blocks.score import apply_score, distance, head_score, load_bias, score_factor, scores_of
-from fastattn.backends.triton.blocks.seqlen import head_start, locate, other_rows, own_rows
+from fastattn.backends.triton.blocks.seqlen import head_start
 from fastattn.backends.triton.blocks.softmax import load_lse, load_sink, probability
 from fastattn.backends.triton.blocks.tile import inner, load_tile, matrix, outer, store_tile, zeros
 from fastattn.backends.triton.configs import jvp_config
 from fastattn.backends.triton.mask_tiles import mask_tiles
-from fastattn.spec import AttentionSpec
-
-
-class Tangents(NamedTuple):
-    """The tangents of the inputs that have one, each with the shape and dtype of its input; None for zero."""
-
-    q: Tensor | None
-    k: Tensor | None
-    v: Tensor | None
-    bias: Tensor | None
-    alibi_slopes: Tensor | None
-    sinks: Tensor | None
+from fastattn.spec import AttentionInputs, AttentionSpec
 
 
 @triton.jit
@@ -145,33 +132,25 @@ def attention_jvp_kernel(
     n_across, stride_tiles_b, stride_tiles_h,
     stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n,
     stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n,
-    stride_slope_b, stride_slope_h,
+    stride_slope_b, stride_slope_h, stride_sink_h,
     B, H, S_q, S_k, shift, left, right, scale, softcap, dropout_threshold, dropout_scale,
     G: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     F: tl.constexpr, F_T: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    b, h, m_block = locate(tl.program_id(0), CU_SEQLENS_Q, B, H, S_q, BLOCK_M, True, F)
-    rows_q, rows_k = own_rows(b, CU_SEQLENS_Q, B, S_q, F), other_rows(b, CU_SEQLENS_K, B, S_k, F)
+    b, h, m_block, rows_q, rows_k, w, score, drop = query_tile(
+        CU_SEQLENS_Q, CU_SEQLENS_K, MASK, BIAS, SLOPES, SEED, stride_mask_b, stride_mask_h, stride_mask_m,
+        stride_mask_n, stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n, stride_slope_b, stride_slope_h,
+        B, H, S_q, S_k, shift, left, right, scale, softcap, dropout_threshold, dropout_scale, BLOCK_M, F,
+    )  # fmt: skip
     m_start = m_block * BLOCK_M
     if F.VARLEN:
         if m_start >= rows_q.length:
             return
-    w = window_of(
-        b, rows_q.length, rows_k.length, shift, left, right, MASK, stride_mask_b, stride_mask_h, stride_mask_m,
-        stride_mask_n, F,
-    )  # fmt: skip
-    w = head_window(w, h, F)
-    scores = scores_of(
-        b, B, scale, softcap, SLOPES, stride_slope_b, stride_slope_h, BIAS, stride_bias_b, stride_bias_h, stride_bias_m,
-        stride_bias_n, F,
-    )  # fmt: skip
-    score = head_score(scores, h, F)
     tangents = scores_of(
         b, B, scale, softcap, TSLOPES, stride_tslope_b, stride_tslope_h, TBIAS, stride_tbias_b, stride_tbias_h,
         stride_tbias_m, stride_tbias_n, F_T,
     )  # fmt: skip
     tangent = head_score(tangents, h, F_T)
-    drop = Dropout(tl.load(SEED) if F.DROPOUT else 0, b, h, dropout_threshold, dropout_scale)
     q_rows = matrix(Q, rows_q, h, stride_qb, stride_qh, stride_qm, stride_qd, BLOCK_M, D, F)
     k_rows = matrix(K, rows_k, h // G, stride_kb, stride_kh, stride_kn, stride_kd, BLOCK_N, D, F)
     v_rows = matrix(V, rows_k, h // G, stride_vb, stride_vh, stride_vn, stride_vd, BLOCK_N, D_V, F)
@@ -190,10 +169,9 @@ def attention_jvp_kernel(
             tq_rows = matrix(TQ, rows_q, h, stride_tqb, stride_tqh, stride_tqm, stride_tqd, BLOCK_M, D, F)
             tq = load_tile(tq_rows, m_start, m, w.S_q, True, D)
         non_finite = 0
-        if F.MASK:
-            spans = listed(TILES, n_across, stride_tiles_b, stride_tiles_h, b, h, m_block, CU_SEQLENS_Q, BLOCK_M, F)
-        else:
-            spans = key_range(m_block, w, BLOCK_M, BLOCK_N, F)
+        spans = key_spans(
+            m_block, w, TILES, n_across, stride_tiles_b, stride_tiles_h, b, h, CU_SEQLENS_Q, BLOCK_M, BLOCK_N, F
+        )
         if F.LEFT or F.MASK:
             acc, mu, non_finite = _tangent_span(
                 acc, mu, non_finite, q, tq, lse, k_rows, v_rows, tk_rows, tv_rows, m, spans.min, spans.left, spans, w,
@@ -213,7 +191,7 @@ def attention_jvp_kernel(
                 last = spans.left if F.MASK else spans.max
                 acc = restore_non_finite(acc, tv_rows, m, spans.min, last, spans, w, D_V, BLOCK_N, F, DOT)
     if TSINKS is not None:
-        p_sink = probability(load_sink(SINKS, h, b, B, F), lse, 1.0)
+        p_sink = probability(load_sink(SINKS, stride_sink_h, h, b, B, F), lse, 1.0)
         mu += p_sink * tl.load(TSINKS + h * stride_tsink_h).to(tl.float32)
 
     tl.store(TLSE + head_start(rows_q, h, H, S_q) + m, mu, mask=m < w.S_q)
@@ -232,16 +210,22 @@ def _minus_mean(acc, mu, o):
     return to
 
 
-def launch(to: Tensor, tlse: Tensor, t: Tangents, x: Inputs, o: Tensor, lse: Tensor, spec: AttentionSpec) -> None:
-    """Fill the tangents of o and lse, from those of the inputs that are not None."""
-    cfg = jvp_config(x.arch, spec.D, spec.D_v, spec.dtype)
-    grid = x.n_tiles(x.q.shape[2], cfg.BLOCK_M) * spec.H
+def launch(
+    to: Tensor, tlse: Tensor, t: AttentionInputs, x: AttentionInputs, o: Tensor, lse: Tensor, spec: AttentionSpec
+) -> None:
+    """Fill the tangents of o and lse, from those of the inputs, each with the shape and dtype of its input; None: 0."""
+    if x.B == 0:
+        to.zero_()
+        tlse.zero_()
+        return
+    cfg = jvp_config(arch(x), spec.D, spec.D_v, spec.dtype)
+    grid = n_tiles(x, x.q.shape[2], cfg.BLOCK_M) * spec.H
     if grid == 0:
         return
     tslopes = t.alibi_slopes[None] if t.alibi_slopes is not None and t.alibi_slopes.dim() == 1 else t.alibi_slopes
     attention_jvp_kernel[(grid,)](
         TO=to, TLSE=tlse, TQ=t.q, TK=t.k, TV=t.v, TBIAS=t.bias, TSLOPES=tslopes, TSINKS=t.sinks,
-        Q=x.q, K=x.k, V=x.v, O=o, LSE=lse.contiguous(), SINKS=x.sinks, H=spec.H,
+        Q=x.q, K=x.k, V=x.v, O=o, LSE=lse.contiguous(), SINKS=x.sinks, **strides("sink_", x.sinks, "h"), H=spec.H,
         **matrix_strides(to=to, tq=t.q, tk=t.k, tv=t.v, q=x.q, k=x.k, v=x.v, o=o),
         **strides("tbias_", t.bias, "bhmn"), **strides("tslope_", tslopes, "bh"), **strides("tsink_", t.sinks, "h"),
         **sequence_arguments(x, spec), **score_arguments(x, spec), **mask_tiles(x, spec, cfg),
@@ -249,7 +233,7 @@ def launch(to: Tensor, tlse: Tensor, t: Tangents, x: Inputs, o: Tensor, lse: Ten
     )  # fmt: skip
 
 
-def tangent_features(t: Tangents) -> Features:
+def tangent_features(t: AttentionInputs) -> Features:
     """Which tangents of the scores' own inputs there are."""
     return Features(BIAS=t.bias is not None, ALIBI=t.alibi_slopes is not None)
 

@@ -16,13 +16,13 @@ import torch
 import triton
 import triton.language as tl
 
-from fastattn.backends.triton.attention_common import Inputs, sequence_arguments
+from fastattn.backends.triton.attention_common import n_tiles, sequence_arguments
 from fastattn.backends.triton.blocks.block_range import key_range, query_range
 from fastattn.backends.triton.blocks.features import Features
 from fastattn.backends.triton.blocks.mask import head_window, visible, window_of
 from fastattn.backends.triton.blocks.seqlen import locate, other_rows, own_rows
 from fastattn.backends.triton.configs import TileConfig
-from fastattn.spec import AttentionSpec
+from fastattn.spec import AttentionInputs, AttentionSpec
 
 
 @triton.jit
@@ -66,7 +66,7 @@ def mask_tiles_kernel(
     tl.store(tiles + 1, n_whole)
 
 
-def mask_tiles(x: Inputs, spec: AttentionSpec, cfg: TileConfig, by_key: bool = False) -> dict[str, Any]:
+def mask_tiles(x: AttentionInputs, spec: AttentionSpec, cfg: TileConfig, by_key: bool = False) -> dict[str, Any]:
     """The lists for a kernel with these tiles, by the names of its arguments; nothing without a mask."""
     if x.mask is None:
         return {"TILES": None, "n_across": 0, "stride_tiles_b": 0, "stride_tiles_h": 0}
@@ -74,7 +74,7 @@ def mask_tiles(x: Inputs, spec: AttentionSpec, cfg: TileConfig, by_key: bool = F
     own, block = (S_k, cfg.BLOCK_N) if by_key else (S_q, cfg.BLOCK_M)
     n_across = triton.cdiv(S_q, cfg.BLOCK_M) if by_key else triton.cdiv(S_k, cfg.BLOCK_N)
     B, H = x.mask.shape[:2]
-    strips = x.n_tiles(own, block) if spec.varlen else B * triton.cdiv(own, block)
+    strips = n_tiles(x, own, block) if spec.varlen else B * triton.cdiv(own, block)
     tiles = torch.empty(H * strips, 2 + n_across, dtype=torch.int32, device=x.q.device)
     if strips > 0:
         mask_tiles_kernel[(H * strips,)](

@@ -82,6 +82,18 @@ def listed(TILES, n_across, stride_tiles_b, stride_tiles_h, b, h, block, CU, BLO
 
 
 @triton.jit
+def key_spans(
+    m_block, w, TILES, n_across, stride_tiles_b, stride_tiles_h, b, h, CU_SEQLENS_Q,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, F: tl.constexpr,
+):  # fmt: skip
+    """The key tiles of query tile m_block, from the list of the mask or from the window alone."""
+    if F.MASK:
+        return listed(TILES, n_across, stride_tiles_b, stride_tiles_h, b, h, m_block, CU_SEQLENS_Q, BLOCK_M, F)
+    else:
+        return key_range(m_block, w, BLOCK_M, BLOCK_N, F)
+
+
+@triton.jit
 def tile_at(i, spans, F: tl.constexpr):
     """The tile at place i of a span."""
     if F.MASK:

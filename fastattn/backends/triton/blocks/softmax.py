@@ -31,10 +31,10 @@ def add_sink(acc, row_max, row_sum, sink):
 
 
 @triton.jit
-def load_sink(SINKS, h, b, B, F: tl.constexpr):
+def load_sink(SINKS, stride_sink_h, h, b, B, F: tl.constexpr):
     """The sink of head h, in base 2; rows after the last of B packed sequences have none."""
     if F.SINKS:
-        return tl.where(b < B, tl.load(SINKS + h).to(tl.float32) * LOG2_E, NEG_INF)
+        return tl.where(b < B, tl.load(SINKS + h * stride_sink_h).to(tl.float32) * LOG2_E, NEG_INF)
     else:
         return NEG_INF
 

@@ -61,7 +61,9 @@ class AttentionSpec:
     varlen: bool = False  # sequences of unequal lengths packed into (1, H, T, D)
     deterministic: bool = False  # the same bits on every run, backward included
 
-    op = "attention"
+    @property
+    def op(self) -> str:
+        return "varlen_attention" if self.varlen else "attention"
 
     @property
     def G(self) -> int:

@@ -200,6 +200,8 @@ SCORES = [
     case("sinks", 40, 50, B=2, H=4, H_kv=2, sinks=Score("H")),
     case("sinks_causal_more_queries", 60, 20, sinks=Score("H"), causal="bottom_right"),
     case("sinks_minus_infinity", 40, 20, sinks=Score("H", fill="minus_infinity"), causal="bottom_right"),
+    case("sinks_strided", 20, 30, H=4, H_kv=2, sinks=Score("H", layout="strided")),
+    case("alibi_strided", 20, 30, B=2, H=4, H_kv=2, alibi_slopes=Score("BH", fill="slopes", layout="strided")),
     case("sinks_bf16", 40, 40, D=64, dtype=BF16, sinks=Score("H", dtype=BF16), causal=True),
     case("sinks_no_keys", 5, 0, sinks=Score("H")),
 ]

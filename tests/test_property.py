@@ -18,6 +18,7 @@ SETTINGS = {
 }
 
 LAYOUTS = ("contiguous", "heads_inside", "packed", "strided")
+VECTOR_LAYOUTS = ("contiguous", "strided")
 LENGTH = st.integers(0, 40)  # interpreted tiles are 32 by 16 and 16 by 32, so there are tiles of every kind
 SHORT = st.integers(0, 34)
 
@@ -41,8 +42,15 @@ def options(draw, causal: tuple[Any, ...]) -> dict[str, Any]:
         "softcap": st.sampled_from([0.5, 2.0, 30.0]),
         "bias": scores("BHMN", ("normal", "minus_infinity")),
         "mask": scores("BHMN", ("random_bool", "documents", "blocks", "nothing")),
-        "alibi_slopes": st.sampled_from([cases.Score("H", "slopes"), cases.Score("BH", "slopes")]),
-        "sinks": st.sampled_from([cases.Score("H"), cases.Score("H", "minus_infinity")]),
+        "alibi_slopes": st.builds(
+            cases.Score, st.sampled_from(["H", "BH"]), st.just("slopes"), layout=st.sampled_from(VECTOR_LAYOUTS)
+        ),
+        "sinks": st.builds(
+            cases.Score,
+            st.just("H"),
+            st.sampled_from(["normal", "minus_infinity"]),
+            layout=st.sampled_from(VECTOR_LAYOUTS),
+        ),
         "dropout_p": st.sampled_from([0.1, 0.5]),
     }
     chosen = draw(st.sets(st.sampled_from(sorted(present)), max_size=4))

@@ -581,6 +581,24 @@ def test_saved_tensor_hooks_and_checkpointing(device):
         q.grad = k.grad = v.grad = None
 
 
+@EVERY_OP
+def test_views_whose_sign_is_still_to_be_changed(op, device):
+    """PyTorch negates lazily where a conjugate's imaginary part is taken; memory holds the other sign."""
+    function, inputs, _ = setup(op, device)
+    lazy = [torch.complex(torch.zeros_like(t), -t).conj().imag for t in inputs]
+    assert all(t.is_neg() for t in lazy)
+    y, expected = function(*(t.requires_grad_() for t in lazy)), function(*(t.requires_grad_() for t in inputs))
+    assert torch.equal(y, expected)
+    dy = torch.linspace(-1, 1, y.numel(), device=device).view(y.shape)
+    dy = torch.where(y.isfinite(), dy, 0.0)
+    lazy_dy = torch.complex(torch.zeros_like(dy), -dy).conj().imag
+    assert lazy_dy.is_neg()
+    for ours, same in ((lazy, lazy_dy), (inputs, lazy_dy)):
+        actual = torch.autograd.grad(function(*ours), ours, same)
+        for gradient, exact in zip(actual, torch.autograd.grad(function(*inputs), inputs, dy), strict=True):
+            assert torch.equal(gradient, exact)
+
+
 def test_dispatch_modes_see_one_operator(device):
     seen = []
 

@@ -110,7 +110,10 @@ def describe(spec: AttentionSpec | NormSpec | SoftmaxSpec, device: torch.device)
             forward_config(arch, spec.D, spec.D_v, spec.dtype),
             backward_config(arch, spec.D, spec.D_v, spec.dtype),
         )
-        return f"{how}; forward {forward}; backward {backward}"
+        if spec.fp8:
+            return f"{how}; forward {forward}"
+        dbias = f"; dbias {backward.dbias}" if spec.bias else ""
+        return f"{how}; forward {forward}; backward {backward}{dbias}"
     return f"{how}; one fused kernel forward, rows looped over where they do not fit a block"
 
 

@@ -141,6 +141,7 @@ def _case(prefix: str, kernel, variant: Variant, cfg: TileConfig, **more: object
         num_stages=cfg.num_stages,
         divisible_by_16=tuple(aligned),
         budget=variant.budget,
+        small_tiles=max(cfg.BLOCK_M, cfg.BLOCK_N) < 64,  # very wide heads have room for no others
     )
 
 

@@ -45,6 +45,7 @@ class KernelCase:
     num_stages: int
     divisible_by_16: tuple[str, ...] = ()  # arguments: pointers by their address, integers by their value
     budget: str = "no_spills"  # or "listed": spills are reported and allowed
+    small_tiles: bool = False  # of fewer rows than the newest matrix instruction takes, so that any other will do
 
     def __post_init__(self) -> None:
         if self.budget not in ("no_spills", "listed"):
@@ -275,8 +276,7 @@ def violations(report: Report, case: KernelCase) -> list[str]:
         broken.append(f"takes {report.shared} bytes of shared memory, a block has {card.shared_per_block}")
     if report.tensor_memory > card.TENSOR_MEMORY:  # the compiler then puts a trap in place of the whole kernel
         broken.append(f"takes {report.tensor_memory} columns of tensor memory, of {card.TENSOR_MEMORY}")
-    # Tiles of fewer than 64 rows, all that very wide heads have room for, get the older instruction: listed, not over.
-    wanted = card.tensor_core if case.budget == "no_spills" else "*"
+    wanted = "*" if case.small_tiles else card.tensor_core
     if report.half_dots and not any(fnmatchcase(opcode, wanted) for opcode in report.tensor_core):
         broken.append(f"multiplies half-precision matrices without {card.tensor_core}")
     return broken

@@ -26,6 +26,7 @@ NAMES = [
     "full_fp16", "scale_negative", "dropout_all", "bias_N", "bias_fp32_with_fp16", "bias_minus_infinity",
     "mask_hides_everything", "mask_strided", "alibi_top_left_window", "softcap_alibi_causal",
     "softcap_negative_scale", "sinks_minus_infinity", "sinks_bf16", "sinks_mask", "value_wider_sinks_alibi",
+    "dropout_causal_gqa", "softcap_dropout", "bias_dropout", "sinks_strided", "alibi_strided",
     "varlen_bias_by_head_causal", "varlen_alibi_by_batch", "varlen_sinks",
 ]  # fmt: skip
 SMALLER = {

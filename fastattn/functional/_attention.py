@@ -51,7 +51,7 @@ def _attend(
             mask = mask[(None,) * (4 - mask.dim())]
     seed = torch.randint(2**63 - 1, (), device=q.device) if spec.dropout_p > 0.0 else None
     qk_scales = v_scales = None
-    if spec.fp8 or any(scale is not None for scale in scales):
+    if spec.fp8 or not (scales[0] is scales[1] is scales[2] is None):
         B = q.shape[0] if sequences is None else sequences.B
         named = dict(zip(("q_scale", "k_scale", "v_scale"), scales, strict=True))
         qk_scales, v_scales = check.fp8_scales(fn, spec, B, (q, k, v, bias, alibi_slopes, sinks), named)

@@ -167,7 +167,7 @@ _TILES: dict[str, dict[str, dict[int, TileConfig]]] = {
         },
         "jvp": {
             64: TileConfig(128, 32, 8, 2),
-            128: TileConfig(128, 32, 8, 2),
+            128: TileConfig(64, 32, 8, 2),
             256: TileConfig(64, 32, 8, 2),
             MAX_HEAD_DIM: TileConfig(32, 32, 8, 1),
         },

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -20,6 +20,7 @@ from fastattn.backends.triton.configs import (
     widest_head,
 )
 from fastattn.backends.triton.inspection import KernelCase
+from fastattn.backends.triton.mask_tiles import mask_tiles_kernel
 
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float8_e4m3fn: "fp8e4nv"}
 _POINTERS = {  # those whose type is not that of q, k and v
@@ -153,9 +154,25 @@ def forward_cases(arch: str) -> list[KernelCase]:
         if arch in ("sm_90", "sm_100")
     ]
     return [
-        _case("attention_fwd", attention_forward_kernel, v, forward_config(arch, v.D, v.D_v or v.D, v.dtype))
-        for v in (*_variants(arch), *forward_only)
+        *_mask_tiles_cases(arch),
+        *(
+            _case("attention_fwd", attention_forward_kernel, v, forward_config(arch, v.D, v.D_v or v.D, v.dtype))
+            for v in (*_variants(arch), *forward_only)
+        ),
     ]
+
+
+def _mask_tiles_cases(arch: str) -> list[KernelCase]:
+    """The lists that a bool mask is turned into first, with the tiles of D 128."""
+    cfg = forward_config(arch, 128, 128, torch.bfloat16)
+    cfg = replace(cfg, num_warps=4, num_stages=3)  # as launched, without a choice of its own
+    window = Features(LEFT=True, RIGHT=True, MASK=True)
+    variants = [
+        Variant("by_query/D128", 128, features=Features(MASK=True)),
+        Variant("by_key/D128", 128, features=Features(MASK=True)),
+        Variant("by_key/varlen_window/D128", 128, features=replace(window, VARLEN=True)),
+    ]
+    return [_case("mask_tiles", mask_tiles_kernel, v, cfg, BY_KEY=v.name.startswith("by_key")) for v in variants]
 
 
 def backward_cases(arch: str) -> list[KernelCase]:
@@ -165,11 +182,12 @@ def backward_cases(arch: str) -> list[KernelCase]:
         cases.append(_case("attention_bwd_dq", attention_backward_dq_kernel, v, cfg.dq))
         cases.append(_case("attention_bwd_dkdv", attention_backward_dkdv_kernel, v, cfg.dkdv))
         if v.features.BIAS:
-            cases.append(
-                _case(
-                    "attention_bwd_dbias", attention_backward_dbias_kernel, v, cfg.dbias, REDUCE_M=False, REDUCE_N=False
-                )
-            )
+            for over, REDUCE_M, REDUCE_N in (("", False, False), ("_rows", True, False), ("_both", True, True)):
+                if not over or v.name == "bias/D64":  # what the bias is broadcast over hardly matters: once is enough
+                    reduced = {"REDUCE_M": REDUCE_M, "REDUCE_N": REDUCE_N}
+                    cases.append(
+                        _case(f"attention_bwd_dbias{over}", attention_backward_dbias_kernel, v, cfg.dbias, **reduced)
+                    )
     return cases
 
 

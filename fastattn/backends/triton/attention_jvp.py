@@ -48,17 +48,6 @@ from fastattn.spec import AttentionInputs, AttentionSpec
 
 
 @triton.jit
-def _matrix(
-    X, rows, h, stride_b, stride_h, stride_row, stride_col, BLOCK: tl.constexpr, D: tl.constexpr, F: tl.constexpr
-):
-    """`matrix`, or None for an absent tensor."""
-    if X is None:
-        return None
-    else:
-        return matrix(X, rows, h, stride_b, stride_h, stride_row, stride_col, BLOCK, D, F)
-
-
-@triton.jit
 def score_tangent(
     q, k, tq, tk_rows, n_start, m, n, derivative, w, score, tangent,
     MASKED: tl.constexpr, D: tl.constexpr, F_T: tl.constexpr, DOT: tl.constexpr,
@@ -154,8 +143,12 @@ def attention_jvp_kernel(
     q_rows = matrix(Q, rows_q, h, stride_qb, stride_qh, stride_qm, stride_qd, BLOCK_M, D, F)
     k_rows = matrix(K, rows_k, h // G, stride_kb, stride_kh, stride_kn, stride_kd, BLOCK_N, D, F)
     v_rows = matrix(V, rows_k, h // G, stride_vb, stride_vh, stride_vn, stride_vd, BLOCK_N, D_V, F)
-    tk_rows = _matrix(TK, rows_k, h // G, stride_tkb, stride_tkh, stride_tkn, stride_tkd, BLOCK_N, D, F)
-    tv_rows = _matrix(TV, rows_k, h // G, stride_tvb, stride_tvh, stride_tvn, stride_tvd, BLOCK_N, D_V, F)
+    tk_rows = None
+    tv_rows = None
+    if TK is not None:
+        tk_rows = matrix(TK, rows_k, h // G, stride_tkb, stride_tkh, stride_tkn, stride_tkd, BLOCK_N, D, F)
+    if TV is not None:
+        tv_rows = matrix(TV, rows_k, h // G, stride_tvb, stride_tvh, stride_tvn, stride_tvd, BLOCK_N, D_V, F)
 
     m = m_start + tl.arange(0, BLOCK_M)
     lse = load_lse(LSE + head_start(rows_q, h, H, S_q), m, w.S_q)

@@ -21,7 +21,7 @@ class Spans(NamedTuple):
     whole: tl.tensor
     right: tl.tensor
     max: tl.tensor
-    tiles: tl.tensor  # list of tile indices, or None: the numbers are the indices
+    tiles: tl.tensor  # list of tile indices, or 0: the numbers are the indices
 
 
 @triton.jit
@@ -43,7 +43,7 @@ def key_range(m_block, w, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, F: tl.co
         n_left = tl.cdiv(tl.maximum(m_hi - 1 + w.shift - w.left, 0), BLOCK_N)
     n_left = tl.minimum(tl.maximum(n_left, n_min), n_max)
     n_right = tl.minimum(tl.maximum(n_right, n_left), n_max)
-    return Spans(n_min, n_left, n_left, n_right, n_max, None)
+    return Spans(n_min, n_left, n_left, n_right, n_max, 0)
 
 
 @triton.jit
@@ -66,7 +66,7 @@ def query_range(n_block, w, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, F: tl.
         m_left = tl.cdiv(tl.maximum(n_hi - 1 - w.shift - w.right, 0), BLOCK_M)
     m_left = tl.minimum(tl.maximum(m_left, m_min), m_max)
     m_right = tl.minimum(tl.maximum(m_right, m_left), m_max)
-    return Spans(m_min, m_left, m_left, m_right, m_max, None)
+    return Spans(m_min, m_left, m_left, m_right, m_max, 0)
 
 
 @triton.jit

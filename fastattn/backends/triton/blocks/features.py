@@ -63,7 +63,7 @@ class Window(NamedTuple):
     shift: tl.tensor
     left: tl.tensor
     right: tl.tensor
-    mask: tl.tensor  # pointer to entry (0, 0) of a head
+    mask: tl.tensor  # pointer to entry (0, 0) of a head; of what is absent, 0, since Triton 3.6 cannot return None
     stride_h: tl.tensor
     stride_m: tl.tensor
     stride_n: tl.tensor

@@ -15,9 +15,9 @@ def window_of(
     """The window of sequence b. Packed, `shift` says whether the diagonal ends at the last key, 1, or not, 0."""
     if F.VARLEN:
         shift = shift * (S_k - S_q)
-    mask = MASK
+    mask = 0
     if F.MASK:
-        mask += b.to(tl.int64) * stride_mask_b
+        mask = MASK + b.to(tl.int64) * stride_mask_b
     return Window(S_q, S_k, shift, left, right, mask, stride_mask_h, stride_mask_m, stride_mask_n)
 
 

@@ -19,12 +19,12 @@ def scores_of(
     BIAS, stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n, F: tl.constexpr,
 ):  # fmt: skip
     """The score functions of sequence b; packed rows after the last of B sequences use none."""
-    slopes = SLOPES
-    bias = BIAS
+    slopes = 0
+    bias = 0
     if F.ALIBI:
-        slopes += tl.minimum(b, B - 1) * stride_slope_b
+        slopes = SLOPES + tl.minimum(b, B - 1) * stride_slope_b
     if F.BIAS:
-        bias += b.to(tl.int64) * stride_bias_b
+        bias = BIAS + b.to(tl.int64) * stride_bias_b
     return Scores(scale, softcap, slopes, stride_slope_h, bias, stride_bias_h, stride_bias_m, stride_bias_n)
 
 

@@ -1,6 +1,7 @@
 # make demo    train a small Transformer twice, with torch.nn and with fastattn, and compare
 # make test    the tests, without those marked slow
 # make lint    style and types
+# make oldest  compile the kernels with the oldest Triton that is supported
 # make clean   remove what the above left behind
 #
 # Each needs Python 3.11 or newer and prepares .venv itself; another interpreter: make PYTHON=python3.12 demo
@@ -12,8 +13,9 @@ TEST_ARGS ?=
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+OLDEST_TRITON := $(VENV)/triton-3.6.0
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint oldest clean
 
 demo: $(READY)
 	$(BIN)/python examples/train_lm.py $(DEMO_ARGS)
@@ -27,9 +29,16 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+oldest: $(OLDEST_TRITON)
+	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m fastattn inspect --check --arch sm_90
+
 clean:
 	rm -rf $(VENV) build dist out *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(OLDEST_TRITON): $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==3.6.0
+	@touch $@
 
 $(READY): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("fastattn needs Python 3.11 or newer; $(PYTHON) is %d.%d. Name another: make PYTHON=python3.12" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'

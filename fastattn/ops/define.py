@@ -23,11 +23,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.graph import increment_version
 
 from fastattn.backends import Spec
+from fastattn.errors import UnsupportedError
 from fastattn.ops.custom_ops import as_tuple, backward_op, forward_op
 from fastattn.ops.differentiate import Tensors, forward_mode, jvp, vjp, without_tangents
-from fastattn.ops.functions import eager_function, transformable_backward, transformable_function
+from fastattn.ops.functions import eager_function, in_place, transformable_backward, transformable_function
 from fastattn.tracing import is_plain
 
 Mapped = tuple[Tensors, tuple[int, ...]]  # outputs and the dimension of each that vmap added
@@ -41,7 +43,8 @@ class Definition:
     name, *values)` the spec again.
 
     Higher derivatives come from `reference`; it needs every input among `saved`. An operator that saves less gives
-    `reference_backward`, the gradients in torch operations as a function of what it saves, outputs included.
+    `reference_backward`, the gradients in torch operations as a function of what it saves, outputs included; without
+    that, to differentiate its gradient is refused.
 
     Forward mode comes from `reference` too, unless there is `tangents`: (inputs, outputs, tangents of inputs, spec,
     backend) -> the tangent of each differentiable output. It is called under whatever transforms the caller, with
@@ -68,6 +71,8 @@ class Definition:
     # have fewer than two dimensions, or differ in the size of dimension 0
     reference_backward: Callable[[Tensors, dict[str, Tensor | None], Any], Tensors] | None = None
     tangents: Callable[[Tensors, Tensors, Tensors, Any, str], Tensors] | None = None
+    recycled: tuple[str, str] | None = None  # (input, saved output): the gradient of the one may take the memory of the
+    # other once nobody can ask for it again; the launcher is then given one tensor for both
 
 
 class Operator:
@@ -83,6 +88,7 @@ class Operator:
         self.backward_reads = (True,) * len(d.outputs) + tuple(
             d.reference_backward is not None or name in self.input_names for name in d.saved
         )
+        self._recycled = d.recycled and (self.input_names.index(d.recycled[0]), d.saved.index(d.recycled[1]))
         self._eager = eager_function(self)
         self.function = transformable_function(self)
         self.backward_function = transformable_backward(self)
@@ -102,18 +108,29 @@ class Operator:
     # ---- the kernels, for plain tensors
 
     def run(self, inputs: Tensors, spec: Spec, backend: str) -> Tensors:
+        """The outputs; one that works in place is the input itself, which autograd is told has changed."""
         outputs = self.definition.allocate(inputs, spec)
         self.definition.launch(outputs, inputs, spec, backend)
+        if overwritten := in_place(inputs, outputs):
+            increment_version(overwritten)
         return outputs
 
     def saved(self, inputs: Tensors, outputs: Tensors) -> Tensors:
         everything = inputs + outputs
         return tuple(everything[i] for i in self._saved_index)
 
-    def run_backward(self, grads: Tensors, saved: Tensors, wanted: Sequence[bool], spec: Spec, backend: str) -> Tensors:
-        """The gradient of each input; None where it is not wanted."""
+    def run_backward(
+        self, grads: Tensors, saved: Tensors, wanted: Sequence[bool], spec: Spec, backend: str, last: bool = False
+    ) -> Tensors:
+        """The gradient of each input; None where it is not wanted. `last`: nobody will read `saved` again."""
         by_name = dict(zip(self.definition.saved, saved, strict=True))
-        grad_inputs = self.definition.allocate_grads(by_name, wanted, spec)
+        if last and self._recycled is not None and wanted[self._recycled[0]]:
+            i, j = self._recycled
+            wanted = [want and k != i for k, want in enumerate(wanted)]
+            grad_inputs = self.definition.allocate_grads(by_name, wanted, spec)
+            grad_inputs = (*grad_inputs[:i], saved[j], *grad_inputs[i + 1 :])
+        else:
+            grad_inputs = self.definition.allocate_grads(by_name, wanted, spec)
         self.definition.launch_backward(grad_inputs, grads, by_name, spec, backend)
         return grad_inputs
 
@@ -147,6 +164,10 @@ class Operator:
         by_name = dict(zip(d.saved, saved, strict=True))
         if d.reference_backward is not None:
             return d.reference_backward(grads, by_name, spec)
+        if not by_name.keys() >= set(self.input_names):
+            raise UnsupportedError(
+                f"{d.name}: its gradient cannot be differentiated again; backend='eager' computes that."
+            )
         inputs = tuple(by_name[name] for name in self.input_names)
         return vjp(lambda inputs: d.reference(inputs, spec), inputs, wanted, grads)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from fastattn.ops.differentiate import Tensors, jvp, vjp
 from fastattn.tracing import is_plain
@@ -23,6 +24,7 @@ def eager_function(op: Operator) -> Function:
         def forward(ctx, *args):
             inputs, (ctx.spec, ctx.backend) = args[:-2], args[-2:]
             outputs = op.run(inputs, ctx.spec, ctx.backend)
+            ctx.mark_dirty(*in_place(inputs, outputs))
             ctx.save_for_backward(*op.saved(inputs, outputs))
             ctx.set_materialize_grads(False)
             ctx.mark_non_differentiable(*(outputs[i] for i in op.fixed_outputs))
@@ -32,8 +34,11 @@ def eager_function(op: Operator) -> Function:
         def backward(ctx, *grads):
             if _all_zero(grads):
                 return (None,) * len(ctx.needs_input_grad)
-            run = op.call_backward if torch.is_grad_enabled() or not is_plain(*grads) else op.run_backward
-            return *run(grads, ctx.saved_tensors, ctx.needs_input_grad[:-2], ctx.spec, ctx.backend), None, None
+            saved, wanted = ctx.saved_tensors, ctx.needs_input_grad[:-2]
+            if torch.is_grad_enabled() or not is_plain(*grads):
+                return *op.call_backward(grads, saved, wanted, ctx.spec, ctx.backend), None, None
+            last = not torch._C._autograd._get_current_graph_task_keep_graph()
+            return *op.run_backward(grads, saved, wanted, ctx.spec, ctx.backend, last), None, None
 
     Eager.__name__ = op.definition.function_name
     return Eager
@@ -130,6 +135,11 @@ def transformable_backward(op: Operator) -> Function:
             return op.map(info.batch_size, in_dims[:n], call, tensors)
 
     return TransformableBackward
+
+
+def in_place(inputs: Tensors, outputs: Tensors) -> tuple[Tensor, ...]:
+    """The outputs that are the inputs in their places, overwritten."""
+    return tuple(o for i, o in zip(inputs, outputs, strict=False) if o is i and o is not None)
 
 
 def _all_zero(grads: Tensors) -> bool:

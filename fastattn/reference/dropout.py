@@ -1,7 +1,7 @@
 """The keyed generator of dropout: Philox4x32-7 (Salmon et al., SC'11), written with torch integers.
 
-The decision for entry (b, h, i, j) of the probabilities depends on the seed and these four numbers alone, so forward,
-backward and every backend agree whatever tiles they work in.
+The decision for entry (b, h, i, j) of the probabilities, or (i, j) of a matrix, depends on the seed and these numbers
+alone, so forward, backward and every backend agree whatever tiles they work in.
 """
 
 from __future__ import annotations
@@ -43,3 +43,16 @@ def dropout_keep(seed: Tensor, dropout_p: float, B: int, H: int, S_q: int, S_k: 
 
     word = philox(seed, axis(S_k, 3), axis(S_q, 2), axis(H, 1), axis(B, 0, first_b))[0]
     return word >= int(dropout_p * 2**32)
+
+
+def row_dropout(x: Tensor, seed: Tensor, dropout_p: float, n_dims: int = 1) -> Tensor:
+    """x / (1 - dropout_p) where kept, else 0; x (…, *row), its last n_dims dimensions being a row i of entries j.
+
+    Entry j of row i is kept if the first Philox word of counter (j, i, i >> 32, 0) is at least dropout_p · 2^32.
+    """
+    rows = x.flatten(x.dim() - n_dims).flatten(0, -2) if x.dim() > n_dims else x.reshape(1, -1)
+    i = torch.arange(rows.shape[0], device=x.device)[:, None]
+    j = torch.arange(rows.shape[1], device=x.device)
+    word = philox(seed, j, i, i >> 32, torch.zeros_like(j))[0]
+    scale = 0.0 if dropout_p == 1.0 else 1.0 / (1.0 - dropout_p)
+    return torch.where(word >= int(dropout_p * 2**32), rows * scale, 0.0).view(x.shape)

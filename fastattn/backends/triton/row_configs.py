@@ -31,6 +31,11 @@ class RowConfig:
     num_stages: int = 1  # tiles in hand: one that is worked on, and those that are being read
 
 
+def dropout_arguments(dropout_p: float) -> dict[str, int | float]:
+    """What `row_dropout_factor` compares a 32-bit word with, and what it returns for one that is kept."""
+    return {"threshold": int(dropout_p * 2**32), "scale": 0.0 if dropout_p == 1.0 else 1.0 / (1.0 - dropout_p)}
+
+
 def warp_size(arch: str) -> int:
     """Threads of a warp: 32; on AMD's accelerators 64."""
     return 64 if arch.startswith("gfx9") else 32

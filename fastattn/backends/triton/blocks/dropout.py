@@ -1,4 +1,4 @@
-"""Dropout of the probabilities, keyed by (seed, b, h, row, column): the same in every tile size, pass and backend."""
+"""Dropout, keyed by the seed and an entry's place: the same in every tile size, pass and backend."""
 
 import triton
 import triton.language as tl
@@ -22,6 +22,19 @@ def dropout_factor(m, n, drop, F: tl.constexpr):
         return tl.where(word.to(tl.int64) >= drop.threshold, drop.scale, 0.0)
     else:
         return 1.0
+
+
+@triton.jit
+def row_dropout_factor(m, n, seed, threshold, scale):
+    """The same (BLOCK_M, BLOCK_N) for rows m, int64, and columns n of a matrix: the counter is (n, m, m >> 32, 0).
+
+    seed is a pointer to the int64 key; threshold = dropout_p · 2^32, rounded down; scale = 1 / (1 - dropout_p).
+    """
+    n, m = tl.broadcast(n[None, :], m[:, None])
+    word, _, _, _ = tl.philox(
+        tl.load(seed), n.to(tl.int32), m.to(tl.int32), (m >> 32).to(tl.int32), tl.zeros_like(n).to(tl.int32), ROUNDS
+    )
+    return tl.where(word.to(tl.int64) >= threshold, scale, 0.0)
 
 
 @triton.jit

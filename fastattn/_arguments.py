@@ -395,7 +395,7 @@ def fp8_scales(fn: str, spec: AttentionSpec, B: int, tensors: Sequence[Tensor | 
 
 
 def row_shape(fn: str, normalized_shape: Any) -> tuple:
-    """The last dimensions of x that layer_norm runs over, one for an integer."""
+    """The last dimensions of x that a norm runs over, one for an integer."""
     if isinstance(normalized_shape, (int, torch.SymInt)):
         return (normalized_shape,)
     if not isinstance(normalized_shape, (tuple, list)):
@@ -405,43 +405,65 @@ def row_shape(fn: str, normalized_shape: Any) -> tuple:
     return tuple(normalized_shape)
 
 
-def norm_spec(fn: str, x: Sequence[int], x_dtype, x_device, normalized_shape, parameters: tuple, eps) -> NormSpec:
-    """`normalized_shape` comes from `row_shape`; `parameters`: for weight and bias, (shape, dtype, device) or None."""
+def norm_spec(
+    fn: str, x: tuple, normalized_shape: tuple, weight: tuple | None, bias: tuple | None, residual: tuple | None,
+    eps: Any, dropout_p: Any, weight_offset: Any, memory_efficient: Any, out_dtype: torch.dtype | None,
+) -> NormSpec:  # fmt: skip
+    """`normalized_shape` comes from `row_shape`; tensors are (shape, dtype, device), or None."""
+    x_shape, x_dtype, x_device = x
     check_float_dtype(fn, "x", x_dtype)
     for n in normalized_shape:
         if not isinstance(n, (int, torch.SymInt)):
             raise ArgumentTypeError(
                 f"{fn}: `normalized_shape` holds {kind(n)}; it must be an int or a list or tuple of ints."
             )
-    if not normalized_shape or tuple(x[-len(normalized_shape) :]) != normalized_shape:
+    if not normalized_shape or tuple(x_shape[-len(normalized_shape) :]) != normalized_shape:
         raise ArgumentError(
-            f"{fn}: `normalized_shape` is {normalized_shape}, but `x` has shape {tuple(x)}; "
+            f"{fn}: `normalized_shape` is {normalized_shape}, but `x` has shape {tuple(x_shape)}; "
             "it must be the last dimensions of x, at least one."
         )
+    if eps is None and fn == "rms_norm":
+        eps = torch.finfo(torch.promote_types(x_dtype, torch.float32)).eps
     check_real(fn, "eps", eps)
     if eps < 0:
         raise ArgumentError(f"{fn}: `eps` is {eps}; it must be 0 or more.")
-    for name, parameter in zip(("weight", "bias"), parameters, strict=True):
-        if parameter is None:
+    check_dropout_p(fn, dropout_p)
+    check_real(fn, "weight_offset", weight_offset)
+    check_bool(fn, "memory_efficient", memory_efficient)
+    required = {"weight": normalized_shape, "bias": normalized_shape, "residual": tuple(x_shape)}
+    called = {"weight": "normalized_shape", "bias": "normalized_shape", "residual": "the shape of x"}
+    for name, facts in (("weight", weight), ("bias", bias), ("residual", residual)):
+        if facts is None:
             continue
-        shape, dtype, device = parameter
+        shape, dtype, device = facts
         check_float_dtype(fn, name, dtype)
         check_same_device(fn, name, device, "x", x_device)
-        if tuple(shape) != normalized_shape:
+        if tuple(shape) != required[name]:
             raise ArgumentError(
-                f"{fn}: `{name}` has shape {tuple(shape)}; it must be normalized_shape = {normalized_shape}."
+                f"{fn}: `{name}` has shape {tuple(shape)}; it must be {called[name]} = {required[name]}."
             )
-    weight, bias = parameters
+    if dropout_p and residual is None:
+        raise ArgumentError(
+            f"{fn}: `dropout_p` is {dropout_p} without a residual; it drops what is added to `residual`, so give one."
+        )
+    if weight_offset and weight is None:
+        raise ArgumentError(f"{fn}: `weight_offset` is {weight_offset} without a weight to add it to; give `weight`.")
     return NormSpec(
         dtype=x_dtype,
         weight_dtype=None if weight is None else weight[1],
         bias_dtype=None if bias is None else bias[1],
         eps=float(eps),
         n_dims=len(normalized_shape),
+        rms=fn == "rms_norm",
+        weight_offset=float(weight_offset),
+        residual_dtype=None if residual is None else residual[1],
+        dropout_p=float(dropout_p),
+        memory_efficient=memory_efficient,
+        out_dtype=out_dtype,
     )
 
 
-def softmax_spec(fn: str, x: Sequence[int], dtype, dim, scale, causal, mask: bool) -> SoftmaxSpec:
+def softmax_spec(fn: str, x: Sequence[int], dtype, dim, scale, causal, mask: bool, inplace: bool) -> SoftmaxSpec:
     check_float_dtype(fn, "x", dtype)
     if not isinstance(dim, int) or isinstance(dim, bool):
         raise ArgumentTypeError(f"{fn}: `dim` is {kind(dim)}; it must be an int.")
@@ -459,4 +481,4 @@ def softmax_spec(fn: str, x: Sequence[int], dtype, dim, scale, causal, mask: boo
                 f"{fn}: `causal` needs x (…, S_q, S_k) and dim=-1; x has shape {tuple(x)} and `dim` is {dim}."
             )
         is_causal, top_left = alignment(fn, causal, x[-2], x[-1])
-    return SoftmaxSpec(dtype, dim, float(scale), fn == "log_softmax", mask, is_causal, top_left)
+    return SoftmaxSpec(dtype, dim, float(scale), fn == "log_softmax", mask, is_causal, top_left, inplace)

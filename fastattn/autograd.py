@@ -3,7 +3,8 @@
     o, lse = AttentionFunction.apply(
         q, k, v, bias, mask, alibi_slopes, sinks, seed, cu_seqlens_q, cu_seqlens_k, qk_scales, v_scales, spec, backend
     )  # AttentionSpec; all after v may be None; bias and mask have four dimensions, seed is int64, for dropout
-    y, mean, rstd = LayerNormFunction.apply(x, weight, bias, spec, backend)  # NormSpec; weight, bias may be None
+    y, h, stats = LayerNormFunction.apply(x, weight, bias, residual, seed, spec, backend)  # NormSpec; all but x may be
+    y, h, stats = RMSNormFunction.apply(x, weight, None, residual, seed, spec, backend)  # None; seed for dropout
     y, = SoftmaxFunction.apply(x, mask, spec, backend)  # SoftmaxSpec; mask may be None
 
 They check nothing: `fastattn.functional` is the checked way in. `backend` names a kernel backend ("triton"). They
@@ -13,11 +14,13 @@ attention, in memory of S_q × S_k for each head.
 """
 
 from fastattn.ops.attention import attention as _attention
-from fastattn.ops.layer_norm import layer_norm as _layer_norm
+from fastattn.ops.norm import layer_norm as _layer_norm
+from fastattn.ops.norm import rms_norm as _rms_norm
 from fastattn.ops.softmax import softmax as _softmax
 
 AttentionFunction = _attention.function
 LayerNormFunction = _layer_norm.function
+RMSNormFunction = _rms_norm.function
 SoftmaxFunction = _softmax.function
 
-__all__ = ["AttentionFunction", "LayerNormFunction", "SoftmaxFunction"]
+__all__ = ["AttentionFunction", "LayerNormFunction", "RMSNormFunction", "SoftmaxFunction"]

@@ -8,7 +8,7 @@ is never a new spec. This module imports nothing of ours.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -108,15 +108,27 @@ class AttentionSpec:
 
 @dataclass(frozen=True, slots=True)
 class NormSpec:
-    """y = (x - mean) · rstd · weight + bias over the last dimensions; statistics in fp32 (float64 for float64 x)."""
+    """LayerNorm or RMSNorm over the last dimensions of h = residual + dropout(x), or of x; at least fp32 inside."""
 
-    dtype: torch.dtype  # of x and y
+    dtype: torch.dtype  # of x
     weight_dtype: torch.dtype | None  # None: no weight
     bias_dtype: torch.dtype | None  # None: no bias
     eps: float
     n_dims: int = 1  # how many of the last dimensions make a row
+    rms: bool = False  # no mean is subtracted, and the mean square stands for the variance
+    weight_offset: float = 0.0  # what is multiplied with is weight_offset + weight
+    residual_dtype: torch.dtype | None = None  # of residual and h; None: no residual
+    dropout_p: float = 0.0
+    memory_efficient: bool = False  # the backward reads y, not x or h
+    out_dtype: torch.dtype | None = None  # of y; None: that of x
 
-    op = "layer_norm"
+    @property
+    def op(self) -> str:
+        return "rms_norm" if self.rms else "layer_norm"
+
+    @property
+    def residual(self) -> bool:
+        return self.residual_dtype is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,9 +142,83 @@ class SoftmaxSpec:
     mask: bool = False
     causal: bool = False  # dim is -1 and rows are the one before it
     top_left: bool = False  # as in AttentionSpec
+    inplace: bool = False  # y is written over x
 
     op = "softmax"
 
     def shift(self, S_q: int, S_k: int) -> int:
         """Column of the diagonal in row 0."""
         return 0 if self.top_left else S_k - S_q
+
+
+@dataclass(frozen=True, slots=True)
+class GatedSpec:
+    """y = a(gate) · up, a being silu, gelu, or gelu by its tanh approximation."""
+
+    dtype: torch.dtype  # of gate, up and y
+    activation: str  # "silu", "gelu" or "gelu_tanh"
+
+    @property
+    def op(self) -> str:
+        return "swiglu" if self.activation == "silu" else "geglu"
+
+
+@dataclass(frozen=True, slots=True)
+class RotarySpec:
+    """Pairs of elements of q, and of k if there is one, rotated by the angles of each token.
+
+    Nothing of q and k is kept for the backward, so that sizes and layouts of their gradients are said here.
+    """
+
+    dtype: torch.dtype  # of q and k
+    sizes: tuple[tuple[int, ...], ...]  # of q and k: (B, H, S, D) each, or packed (T, H, D)
+    tokens_first: tuple[bool, ...]  # whether in memory the heads of one token lie together
+    interleaved: bool = False  # pairs (2i, 2i + 1); otherwise (i, i + R/2)
+    inplace: bool = False
+
+    op = "rotary_embedding"
+
+
+@dataclass(frozen=True, slots=True)
+class DropoutAddSpec:
+    """y = residual + dropout(x), keyed by row and column; sizes and dtype of x are those of its gradient."""
+
+    dtype: torch.dtype  # of residual and y
+    x_dtype: torch.dtype
+    sizes: tuple[int, ...]
+    dropout_p: float = 0.0
+    inplace: bool = False  # y takes residual's memory
+
+    op = "dropout_add"
+
+
+ElementwiseSpec: TypeAlias = GatedSpec | RotarySpec | DropoutAddSpec
+
+
+@dataclass(frozen=True, slots=True)
+class CrossEntropySpec:
+    """-Σ_j q_j log p_j of each row, q from a class or from probabilities, and how the rows are reduced."""
+
+    dtype: torch.dtype  # of the logits
+    loss_dtype: torch.dtype
+    target_dtype: torch.dtype  # of integers: classes; floating-point: probabilities
+    weight_dtype: torch.dtype | None = None  # None: no class weights
+    ignore_index: int = -100
+    reduction: str = "mean"
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0  # factor on lse²
+    softcap: float | None = None
+    gradient: bool = False  # the forward computes the gradient of the logits too
+    inplace: bool = False  # and writes it over them
+    differentiates: str | None = None  # "target" or "weight", if a gradient of that is wanted
+
+    op = "cross_entropy"
+
+    @property
+    def probabilities(self) -> bool:
+        return self.target_dtype.is_floating_point
+
+    @property
+    def divides(self) -> bool:
+        """Whether the sum of the rows is divided by their weight."""
+        return self.reduction == "mean"

@@ -73,6 +73,7 @@ LONGER = {"k": T((2, 2, 7, 8)), "v": T((2, 2, 7, 8))}
 THREE_HEADS = {"key": T((2, 3, 5, 8)), "value": T((2, 3, 5, 8))}
 X = T((3, 5, 8))
 F64 = torch.float64
+X64 = T(X.shape, F64)
 
 
 def attention(name: str, *says: str, q=Q, k=K, v=V, **options: Any) -> Wrong:
@@ -96,6 +97,10 @@ def sdpa(name: str, *says: str, query=Q, key=Q, value=Q, **options: Any) -> Wron
 
 def layer_norm(name: str, *says: str, x=X, shape=8, **options: Any) -> Wrong:
     return Wrong(name, fastattn.layer_norm, (x, shape), options, ("layer_norm: ", *says))
+
+
+def rms_norm(name: str, *says: str, x=X, shape=8, **options: Any) -> Wrong:
+    return Wrong(name, fastattn.rms_norm, (x, shape), options, ("rms_norm: ", *says))
 
 
 def softmax(name: str, *says: str, x=X, fn=fastattn.softmax, **options: Any) -> Wrong:
@@ -311,6 +316,14 @@ LAYER_NORM_TYPES = [
     layer_norm("bias_string", "`bias` is a str", f"{TENSOR} or None", bias="zeros"),
     layer_norm("eps_none", "`eps` is None", NUMBER, eps=None),
     layer_norm("eps_list", "`eps` is a list", NUMBER, eps=[1e-5]),
+    layer_norm("residual_list", "`residual` is a list", f"{TENSOR} or None", residual=[1.0]),
+    layer_norm("residual_int", "`residual` has dtype int64", FLOATS, residual=T(X.shape, torch.int64)),
+    layer_norm("dropout_tensor", "`dropout_p` is a Tensor", NUMBER, dropout_p=T((2,))),
+    layer_norm("memory_efficient_int", "`memory_efficient` is an int", "True or False", memory_efficient=1),
+    rms_norm("x_none", "`x` is None", TENSOR, x=None),
+    rms_norm("weight_list", "`weight` is a list", f"{TENSOR} or None", weight=[1.0]),
+    rms_norm("eps_list", "`eps` is a list", NUMBER, eps=[1e-5]),
+    rms_norm("weight_offset_none", "`weight_offset` is None", NUMBER, weight_offset=None),
 ]
 LAYER_NORM_VALUES = [
     layer_norm("shape_size", "`normalized_shape` is (5,)", "shape (3, 5, 8)", "last dimensions", shape=5),
@@ -323,12 +336,20 @@ LAYER_NORM_VALUES = [
     layer_norm("bias_shape", "`bias` has shape (1, 8)", "normalized_shape = (8,)", bias=T((1, 8))),
     layer_norm("eps_negative", "`eps` is -1e-05", "0 or more", eps=-1e-5),
     layer_norm("eps_nan", "`eps` is nan", "finite", eps=math.nan),
+    layer_norm("residual_shape", "`residual` has shape (3, 5, 1)", "the shape of x = (3, 5, 8)", residual=T((3, 5, 1))),
+    layer_norm("residual_device", "`residual` is on meta", "one device", residual=T(X.shape, device="meta")),
+    layer_norm("dropout_range", "`dropout_p` is 1.5", "between 0 and 1", residual=X, dropout_p=1.5),
+    layer_norm("dropout_alone", "`dropout_p` is 0.1", "without a residual", dropout_p=0.1),
+    rms_norm("shape_size", "`normalized_shape` is (5,)", "shape (3, 5, 8)", "last dimensions", shape=5),
+    rms_norm("eps_negative", "`eps` is -1e-05", "0 or more", eps=-1e-5),
+    rms_norm("weight_offset_alone", "`weight_offset` is 1.0", "without a weight", weight_offset=1.0),
 ]
 SOFTMAX_TYPES = [
     softmax("x_list", "`x` is a list", TENSOR, x=[1.0, 2.0]),
     softmax("x_complex", "`x` has dtype complex64", FLOATS, x=T((3, 8), torch.cfloat)),
     softmax("x_sparse", "`x` has layout sparse_coo", "strided", x=T((3, 8), layout="sparse_coo")),
     softmax("dim_none", "`dim` is None", "an int", dim=None),
+    softmax("inplace_int", "`inplace` is an int", "True or False", inplace=1),
     softmax("dim_float", "`dim` is a float", "an int", dim=1.0),
     softmax("dim_bool", "`dim` is a bool", "an int", dim=True),
     softmax("dim_tuple", "`dim` is a tuple", "an int", dim=(0, 1)),
@@ -360,6 +381,7 @@ BACKEND_NAMES = [
         (fastattn.attention, (Q, K, V)),
         (fastattn.varlen_attention, (Q_ROWS, K_ROWS, V_ROWS, CU_Q, CU_K, 4, 5)),
         (fastattn.layer_norm, (X, 8)),
+        (fastattn.rms_norm, (X, 8)),
         (fastattn.softmax, (X,)),
         (fastattn.log_softmax, (X,)),
     )
@@ -378,9 +400,8 @@ UNSUPPORTED = [
     varlen("value_width", "backend 'triton' cannot", "head dimension of v is 584", v=T((9, 2, 584)), backend="triton"),
     layer_norm("float64", "backend 'triton' cannot", "dtype float64", x=T(X.shape, F64), backend="triton"),
     layer_norm("weight_float64", "'triton' cannot", "weight of dtype float64", weight=T((8,), F64), backend="triton"),
-    layer_norm("residual", "`residual` is a Tensor", "not implemented yet", "None", residual=X),
-    layer_norm("dropout", "`dropout_p` is 0.1", "not implemented yet", "0.0", dropout_p=0.1),
-    layer_norm("dropout_tensor", "`dropout_p` is a Tensor", "not implemented yet", dropout_p=T((2,))),
+    layer_norm("residual_float64", "'triton' cannot", "residual of dtype float64", residual=X64, backend="triton"),
+    rms_norm("float64", "backend 'triton' cannot", "dtype float64", x=X64, backend="triton"),
     softmax("float64", "backend 'triton' cannot", "dtype float64", x=T((3, 8), F64), backend="triton"),
 ]
 EXPLAIN = [
@@ -482,7 +503,7 @@ def test_explain_gives_the_reason_that_the_call_gives(wrong: Wrong, device: torc
 )
 def test_remembered_call_is_not_mistaken_for_an_equal_one_of_another_type(right, wrong: Wrong, device: torch.device):
     args, kwargs = wrong.inputs(device)
-    right_args = (*args[:1], 8) if wrong.fn is fastattn.layer_norm else args
+    right_args = (*args[:1], 8) if wrong.fn in (fastattn.layer_norm, fastattn.rms_norm) else args
     wrong.fn(*right_args, **right)
     with pytest.raises(ArgumentTypeError, match=re.escape(wrong.says[-1])):
         wrong.fn(*args, **kwargs)

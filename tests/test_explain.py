@@ -16,9 +16,9 @@ from fastattn.spec import AttentionSpec, NormSpec, SoftmaxSpec
 
 F64 = torch.float64
 ENTRIES = {  # what a call enters a backend by
-    "triton": ("attention_forward", "layer_norm_forward", "softmax_forward"),
-    "eager": ("attention", "layer_norm", "softmax"),
-    "reference": ("attention", "layer_norm", "softmax"),
+    "triton": ("attention_forward", "norm_forward", "softmax_forward"),
+    "eager": ("attention", "norm", "softmax"),
+    "reference": ("attention", "norm", "softmax"),
 }
 
 
@@ -42,7 +42,7 @@ class Call:
         args = (torch.ones(shape, dtype=self.dtype, device=device) for shape in self.shapes)
         tensors = {name: torch.ones(shape, dtype=t, device=device) for name, (shape, t) in self.tensors.items()}
         others: tuple = ()
-        if self.fn is fastattn.layer_norm:
+        if self.fn in (fastattn.layer_norm, fastattn.rms_norm):
             others = (8,)
         elif self.fn is fastattn.varlen_attention:
             others = *(torch.tensor(cu, dtype=torch.int32, device=device) for cu in ([0, 3, 7], [0, 4, 9])), 4, 5
@@ -103,6 +103,11 @@ CALLS = [
     rows(fastattn.layer_norm, "affine", tensors={"weight": ((8,), torch.float16), "bias": ((8,), torch.float32)}),
     rows(fastattn.layer_norm, "float64", "dtype float64", dtype=F64),
     rows(fastattn.layer_norm, "float64_weight", "weight of dtype float64", tensors={"weight": ((8,), F64)}),
+    rows(fastattn.layer_norm, "residual", tensors={"residual": ((3, 8, 8), torch.float16)}, dropout_p=0.5),
+    rows(fastattn.layer_norm, "float64_residual", "residual of dtype float64", tensors={"residual": ((3, 8, 8), F64)}),
+    rows(fastattn.rms_norm, "plain"),
+    rows(fastattn.rms_norm, "offset", tensors={"weight": ((8,), torch.float16)}, weight_offset=1.0),
+    rows(fastattn.rms_norm, "float64", "dtype float64", dtype=F64),
     rows(fastattn.softmax, "plain"),
     rows(fastattn.softmax, "causal_scale", causal=True, scale=0.5),
     rows(fastattn.softmax, "mask", tensors={"mask": ((8,), torch.bool)}),

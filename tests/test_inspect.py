@@ -7,11 +7,12 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from fastattn.backends.triton.inspection import CARDS, KIB, count_opcodes
+from fastattn.backends.triton.inspection import CARDS, KIB, KernelCase, Report, count_opcodes, violations
 from fastattn.cli.inspect import ARCHS
 
 TESTS = Path(__file__).parent
@@ -105,6 +106,18 @@ def test_the_cache_serves_a_kernel_whatever_was_compiled_before_it(tmp_path: Pat
     assert len(entries) == 2
     inspect(reports, "sm_80", *PLANTED, "--filter", "scale/add", TRITON_CACHE_DIR=str(cache))
     assert {path.name for path in cache.iterdir()} == entries
+
+
+def test_a_few_spills_are_allowed_where_they_buy_a_resident_block() -> None:
+    case = KernelCase("row", None, {}, {}, num_warps=8, num_stages=1, budget="occupancy")
+    for registers, stack, blocks, allowed in (
+        (64, 8, 4, True),  # 66 registers would leave room for 3 blocks
+        (56, 8, 4, False),  # 58 would still be 4
+        (64, 24, 4, False),  # too many, whatever they buy
+    ):
+        report = Report("row", "sm_80", registers=registers, stack=stack, blocks=blocks)
+        assert violations(report, case) == ([] if allowed else [f"spills {stack} bytes"])
+        assert violations(report, replace(case, budget="no_spills")) == [f"spills {stack} bytes"]
 
 
 def test_opcodes_are_counted_by_what_they_do() -> None:

@@ -143,7 +143,7 @@ PLANTED = [
     ("fastattn.functional", "if True:\n    import triton", "imports triton"),
     ("fastattn.functional", "async def f():\n    from fastattn.nn import Softmax", "imports fastattn.nn"),
     ("fastattn.functional._attention", "from fastattn.backends.eager import NAME", "imports fastattn.backends.eager"),
-    ("fastattn.functional._rows", "from ..nn import LayerNorm", "imports fastattn.nn"),
+    ("fastattn.functional._softmax", "from ..nn import LayerNorm", "imports fastattn.nn"),
     ("fastattn.nn.norm", "from fastattn.ops.layer_norm import layer_norm", "imports fastattn.ops.layer_norm"),
     ("fastattn.cli.inspect", "from fastattn.backends.triton import inspection", f"{TRITON}.inspection when"),
     ("fastattn.cli.inspect", "if TYPE_CHECKING:\n    pass\nelse:\n    import triton", "imports triton"),

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 import fastattn
-from fastattn.autograd import AttentionFunction, LayerNormFunction, SoftmaxFunction
+from fastattn.autograd import AttentionFunction, LayerNormFunction, RMSNormFunction, SoftmaxFunction
 from fastattn.ops.attention import INPUTS
 from fastattn.reference.attention import attention as reference_attention
 from fastattn.spec import AttentionSpec, NormSpec, SoftmaxSpec
@@ -33,6 +33,15 @@ def layer_norm(x, weight, bias, backend="triton"):
     return fastattn.layer_norm(x, x.shape[-1], weight, bias, backend=backend)
 
 
+def rms_norm(x, weight, backend="triton"):
+    return fastattn.rms_norm(x, x.shape[-1], weight, weight_offset=1.0, backend=backend)
+
+
+def residual_norm(x, residual, weight, backend="triton"):
+    y, h = fastattn.layer_norm(x, x.shape[-1], weight, residual=residual, backend=backend)
+    return y + h.sin()
+
+
 def softmax(x, backend="triton"):
     return fastattn.softmax(x, -1, scale=0.7, causal="bottom_right", backend=backend)
 
@@ -46,6 +55,8 @@ OPS = {  # name -> (function, shapes, operator)
     "attention": (attention, QKV, "fastattn::attention"),
     "attention_lse": (attention_lse, QKV, "fastattn::attention"),
     "layer_norm": (layer_norm, ((3, 5, 24), (24,), (24,)), "fastattn::layer_norm"),
+    "rms_norm": (rms_norm, ((3, 5, 24), (24,)), "fastattn::rms_norm"),
+    "residual_norm": (residual_norm, ((3, 5, 24), (3, 5, 24), (24,)), "fastattn::layer_norm"),
     "softmax": (softmax, ((3, 6, 10),), "fastattn::softmax"),
     "log_softmax": (log_softmax, ((3, 6, 10),), "fastattn::softmax"),
 }
@@ -116,6 +127,8 @@ SMALL = {
     "attention": SMALL_QKV,
     "attention_lse": SMALL_QKV,
     "layer_norm": ((2, 8), (8,), (8,)),
+    "rms_norm": ((2, 8), (8,)),
+    "residual_norm": ((2, 8), (2, 8), (8,)),
     "softmax": ((1, 3, 4),),
     "log_softmax": ((1, 3, 4),),
 }
@@ -459,16 +472,23 @@ def opcheck_arguments(op: str, device: torch.device):
     _, inputs, _ = setup(op, device)
     if op.startswith("attention"):
         return (*inputs, *(None for _ in INPUTS[3:]), 0.25, 3, 0, False, None, 0.0, "triton")
+    scalars = (torch.float32, None, None, 1e-5, 1, 0.0, 0.0, False, "triton")
     if op == "layer_norm":
-        return (*inputs, 1e-5, 1, "triton")
+        return (*inputs, None, None, *scalars)
+    if op == "rms_norm":
+        return (*inputs, None, None, None, *scalars)
+    if op == "residual_norm":
+        x, residual, weight = inputs
+        seed = torch.zeros((), dtype=torch.int64, device=device)
+        return x, weight, None, residual, seed, torch.float32, torch.float32, None, 1e-5, 1, 0.0, 0.4, False, "triton"
     return (*inputs, None, -1, 0.5, op == "log_softmax", True, False, "triton")
 
 
-@pytest.mark.parametrize("op", ["attention", "layer_norm", "softmax", "log_softmax"])
+@pytest.mark.parametrize("op", ["attention", "layer_norm", "rms_norm", "residual_norm", "softmax", "log_softmax"])
 def test_opcheck(op, device):
     args = opcheck_arguments(op, device)
-    leaves = [a.requires_grad_() if isinstance(a, torch.Tensor) else a for a in args]
-    operator = getattr(torch.ops.fastattn, op.removeprefix("log_"))
+    leaves = [a.requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
+    operator = getattr(torch.ops.fastattn, OPS[op][2].removeprefix("fastattn::"))
     torch.library.opcheck(operator.default, tuple(leaves))
 
 
@@ -496,8 +516,8 @@ def test_compile_once_for_every_length(op, device):
         for length in (7, 19, 33):
             if op.startswith("attention"):
                 shapes = ((2, 4, length, 16), (2, 2, length + 4, 16), (2, 2, length + 4, 16))
-            elif op == "layer_norm":
-                shapes = ((3, length, 24), (24,), (24,))
+            elif op.endswith("norm"):
+                shapes = tuple((3, length, 24) if len(shape) == 3 else shape for shape in OPS[op][1])
             else:
                 shapes = ((3, length, length + 4),)
             leaves = [t.requires_grad_() for t in make_inputs(*shapes, device=device)]
@@ -557,7 +577,7 @@ def test_autocast_leaves_norms_and_softmax_as_torch_does(device):
         assert fastattn.softmax(x, backend="triton").dtype == torch.softmax(x, -1).dtype
 
 
-@EVERY_OP
+@pytest.mark.parametrize("op", [op for op in OPS if op != "residual_norm"])  # which keeps no input but the weight
 def test_saved_tensors_changed_in_place_are_noticed(op, device):
     function, inputs, _ = setup(op, device)
     leaves = [t.requires_grad_() for t in inputs]
@@ -624,8 +644,12 @@ def test_functions(device):
 
     x, weight, bias = (t.requires_grad_() for t in make_inputs((5, 24), (24,), (24,), device=device))
     spec = NormSpec(torch.float32, torch.float32, torch.float32, 1e-5)
-    y, _, _ = LayerNormFunction.apply(x, weight, bias, spec, "triton")
+    y, _, _ = LayerNormFunction.apply(x, weight, bias, None, None, spec, "triton")
     assert torch.equal(y, layer_norm(x, weight, bias))
+    y.sum().backward()
+    spec = NormSpec(torch.float32, torch.float32, None, 1e-5, rms=True)
+    y, _, _ = RMSNormFunction.apply(x, weight, None, None, None, spec, "triton")
+    assert torch.equal(y, fastattn.rms_norm(x, 24, weight, 1e-5, backend="triton"))
     y.sum().backward()
 
     (y,) = SoftmaxFunction.apply(x, None, SoftmaxSpec(torch.float32), "triton")

@@ -15,9 +15,9 @@ import torch
 
 from fastattn.backends import eager, reference, triton
 from fastattn.errors import ArgumentError, ArgumentTypeError, UnsupportedError, kind
-from fastattn.spec import AttentionSpec, NormSpec, SoftmaxSpec
+from fastattn.spec import AttentionSpec, ElementwiseSpec, NormSpec, SoftmaxSpec
 
-Spec: TypeAlias = AttentionSpec | NormSpec | SoftmaxSpec
+Spec: TypeAlias = AttentionSpec | NormSpec | SoftmaxSpec | ElementwiseSpec
 
 _BACKENDS: dict[str, ModuleType] = {backend.NAME: backend for backend in (triton, eager, reference)}
 ORDER: tuple[str, ...] = tuple(_BACKENDS)

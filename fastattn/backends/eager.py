@@ -15,13 +15,23 @@ from torch import Tensor
 
 from fastattn.backends import reference
 from fastattn.reference.attention import visible_keys
-from fastattn.spec import AttentionInputs, AttentionSpec, NormSpec, SoftmaxSpec
+from fastattn.spec import (
+    AttentionInputs,
+    AttentionSpec,
+    DropoutAddSpec,
+    ElementwiseSpec,
+    GatedSpec,
+    NormSpec,
+    RotarySpec,
+    SoftmaxSpec,
+)
 from fastattn.tracing import is_plain
 
 NAME = "eager"
 COMPOSITE = True
 
 _layer_norm = torch.layer_norm  # what F.layer_norm calls, without its Python wrapper
+_rms_norm = torch.rms_norm
 _sdpa = torch._C._nn.scaled_dot_product_attention
 
 
@@ -29,11 +39,11 @@ def available(device: torch.device) -> str | None:
     return None
 
 
-def unsupported(spec: AttentionSpec | NormSpec | SoftmaxSpec, device: torch.device) -> str | None:
+def unsupported(spec: AttentionSpec | NormSpec | SoftmaxSpec | ElementwiseSpec, device: torch.device) -> str | None:
     return None
 
 
-def describe(spec: AttentionSpec | NormSpec | SoftmaxSpec, device: torch.device) -> str:
+def describe(spec: AttentionSpec | NormSpec | SoftmaxSpec | ElementwiseSpec, device: torch.device) -> str:
     if isinstance(spec, AttentionSpec):
         if feature := _beyond_sdpa(spec, device):
             return f"reference operations: torch's scaled_dot_product_attention has no {feature}"
@@ -52,7 +62,8 @@ def describe(spec: AttentionSpec | NormSpec | SoftmaxSpec, device: torch.device)
             if _plain_softmax(spec)
             else "reference operations: torch's softmax has no mask and no scale"
         )
-    return "torch layer_norm" if _plain_layer_norm(spec) else "reference operations: weight dtype differs from x's"
+    feature = _beyond_torch(spec)
+    return f"reference operations: {feature}" if feature else f"torch {spec.op}"
 
 
 def _beyond_sdpa(spec: AttentionSpec, device: torch.device) -> str | None:
@@ -118,14 +129,27 @@ def _fused(
     return _sdpa(q, k, v, attn_mask, 0.0, causal, scale=spec.scale, enable_gqa=grouped)
 
 
-def _plain_layer_norm(spec: NormSpec) -> bool:
-    return spec.weight_dtype in (None, spec.dtype) and spec.bias_dtype in (None, spec.dtype)
+def add_residual(x: Tensor, residual: Tensor | None, seed: Tensor | None, spec: NormSpec) -> Tensor:
+    if residual is not None and seed is None and spec.dtype == spec.residual_dtype:
+        return x + residual
+    return reference.add_residual(x, residual, seed, spec)
 
 
-def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, spec: NormSpec) -> Tensor:
-    if _plain_layer_norm(spec):
-        return _layer_norm(x, x.shape[-spec.n_dims :], weight, bias, spec.eps)
-    return reference.layer_norm(x, weight, bias, spec)
+def _beyond_torch(spec: NormSpec) -> str | None:
+    """What torch's layer_norm and rms_norm do not have, or do not compute in float32."""
+    if spec.weight_dtype not in (None, spec.dtype) or spec.bias_dtype not in (None, spec.dtype):
+        return "weight dtype differs from x's"
+    if spec.residual_dtype not in (None, spec.dtype) or spec.out_dtype not in (None, spec.dtype):
+        return "residual or result has another dtype than x"
+    return "torch's rms_norm has no weight_offset" if spec.weight_offset else None
+
+
+def norm(h: Tensor, weight: Tensor | None, bias: Tensor | None, spec: NormSpec) -> Tensor:
+    if _beyond_torch(spec):
+        return reference.norm(h, weight, bias, spec)
+    if spec.rms:
+        return _rms_norm(h, h.shape[-spec.n_dims :], weight, spec.eps)
+    return _layer_norm(h, h.shape[-spec.n_dims :], weight, bias, spec.eps)
 
 
 def _plain_softmax(spec: SoftmaxSpec) -> bool:
@@ -136,3 +160,18 @@ def softmax(x: Tensor, mask: Tensor | None, spec: SoftmaxSpec) -> Tensor:
     if not _plain_softmax(spec):
         return reference.softmax(x, mask, spec)
     return torch.log_softmax(x, spec.dim) if spec.log else torch.softmax(x, spec.dim)
+
+
+def gated(gate: Tensor, up: Tensor, spec: GatedSpec) -> Tensor:
+    return reference.gated(gate, up, spec)
+
+
+def rotary(
+    x: Sequence[Tensor],
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor | None,
+    cu_seqlens: Tensor | None,
+    spec: RotarySpec,
+) -> tuple[Tensor, ...]:
+    return reference.rotary(x, cos, sin, position_ids, cu_seqlens, spec)

@@ -11,11 +11,25 @@ from torch import Tensor
 
 from fastattn.reference.attention import attention as _attention
 from fastattn.reference.attention import padded_attention
-from fastattn.reference.layer_norm import layer_norm as _layer_norm
+from fastattn.reference.gated import gated as _gated
+from fastattn.reference.dropout import row_dropout
+from fastattn.reference.norm import add_residual as _add_residual
+from fastattn.reference.norm import norm as _norm
+from fastattn.reference.norm import statistics as _norm_statistics
+from fastattn.reference.rotary import packed_positions, rotate, rows_of_tokens
 from fastattn.reference.softmax import softmax as _softmax
 from fastattn.reference.softmax import softmax_gradient as _softmax_gradient
 from fastattn.reference.softmax import softmax_tangent as _softmax_tangent
-from fastattn.spec import AttentionInputs, AttentionSpec, NormSpec, SoftmaxSpec
+from fastattn.spec import (
+    AttentionInputs,
+    AttentionSpec,
+    DropoutAddSpec,
+    ElementwiseSpec,
+    GatedSpec,
+    NormSpec,
+    RotarySpec,
+    SoftmaxSpec,
+)
 
 NAME = "reference"
 COMPOSITE = True
@@ -25,11 +39,11 @@ def available(device: torch.device) -> str | None:
     return None
 
 
-def unsupported(spec: AttentionSpec | NormSpec | SoftmaxSpec, device: torch.device) -> str | None:
+def unsupported(spec: AttentionSpec | NormSpec | SoftmaxSpec | ElementwiseSpec, device: torch.device) -> str | None:
     return None
 
 
-def describe(spec: AttentionSpec | NormSpec | SoftmaxSpec, device: torch.device) -> str:
+def describe(spec: AttentionSpec | NormSpec | SoftmaxSpec | ElementwiseSpec, device: torch.device) -> str:
     return "plain torch operations, unfused"
 
 
@@ -58,8 +72,27 @@ def _longest(cu_seqlens: Tensor, max_seqlen: int | Tensor | None) -> int:
     return int(cu_seqlens.diff().amax()) if len(cu_seqlens) > 1 else 0
 
 
-def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, spec: NormSpec) -> Tensor:
-    return _layer_norm(x, x.shape[-spec.n_dims :], weight, bias, spec.eps)
+def add_residual(x: Tensor, residual: Tensor | None, seed: Tensor | None, spec: NormSpec) -> Tensor:
+    return _add_residual(x, residual, seed, spec.dropout_p, spec.n_dims)
+
+
+def norm(h: Tensor, weight: Tensor | None, bias: Tensor | None, spec: NormSpec) -> Tensor:
+    return _norm(
+        h, h.shape[-spec.n_dims :], weight, bias, spec.eps,
+        rms=spec.rms, weight_offset=spec.weight_offset, out_dtype=spec.out_dtype or spec.dtype,
+    )  # fmt: skip
+
+
+def norm_statistics(h: Tensor, spec: NormSpec) -> Tensor:
+    return _norm_statistics(h, spec.n_dims, spec.eps, spec.rms)
+
+
+def dropped_gradient(dresidual: Tensor, seed: Tensor | None, spec: NormSpec) -> Tensor:
+    """dx from dresidual: what `add_residual` dropped has no gradient."""
+    if seed is None:
+        return dresidual.to(spec.dtype)
+    dtype = torch.promote_types(dresidual.dtype, torch.float32)
+    return row_dropout(dresidual.to(dtype), seed, spec.dropout_p, spec.n_dims).to(spec.dtype)
 
 
 def softmax(x: Tensor, mask: Tensor | None, spec: SoftmaxSpec) -> Tensor:
@@ -77,3 +110,32 @@ def softmax_tangent(dx: Tensor, y: Tensor, mask: Tensor | None, spec: SoftmaxSpe
 def _options(spec: SoftmaxSpec) -> dict[str, Any]:
     names = ("dim", "scale", "causal", "top_left", "log")
     return {name: getattr(spec, name) for name in names}
+
+
+def gated(gate: Tensor, up: Tensor, spec: GatedSpec) -> Tensor:
+    return _gated(gate, up, spec.activation)
+
+
+def rotary(
+    x: Sequence[Tensor],
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor | None,
+    cu_seqlens: Tensor | None,
+    spec: RotarySpec,
+    inverse: bool = False,
+) -> tuple[Tensor, ...]:
+    """Each of x, (B, H, S, D) or packed (T, H, D), rotated; or back, which is the gradient."""
+    packed = x[0].dim() == 3
+    turned = None
+    if cu_seqlens is not None:
+        position_ids, turned = packed_positions(cu_seqlens, x[0].shape[0])
+    if cos.dim() == 2:
+        S = x[0].shape[0 if packed else 2]
+        cos, sin = (rows_of_tokens(table, S, position_ids) for table in (cos, sin))
+    heads = -2 if packed else -3
+    cos, sin = cos.unsqueeze(heads), (-sin if inverse else sin).unsqueeze(heads)  # (…, 1, S, R/2) or (T, 1, R/2)
+    rotated = tuple(rotate(t, cos, sin, spec.interleaved) for t in x)
+    if turned is None:
+        return rotated
+    return tuple(torch.where(turned[:, None, None], y, t) for y, t in zip(rotated, x, strict=True))

@@ -38,8 +38,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         add_causal(function)
 
     layer_norm = functions.add_parser("layer_norm", help="layer normalisation over the last dimension")
-    layer_norm.add_argument("--shape", type=int, nargs="+", default=(4096, 1024), metavar="SIZE")
     layer_norm.set_defaults(call=layer_norm_call)
+    rms_norm = functions.add_parser("rms_norm", help="root-mean-square normalisation over the last dimension")
+    rms_norm.set_defaults(call=rms_norm_call)
+    for function in (layer_norm, rms_norm):
+        function.add_argument("--shape", type=int, nargs="+", default=(4096, 1024), metavar="SIZE")
+        function.add_argument("--residual", action="store_true", help="behind the sum of a residual connection")
+        function.add_argument("--dropout", type=float, default=0.0, metavar="P", help="of what is added to the residual")
 
     softmax = functions.add_parser("softmax", help="softmax over one dimension")
     softmax.add_argument("--shape", type=int, nargs="+", default=(4096, 1024), metavar="SIZE")
@@ -48,7 +53,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     softmax.set_defaults(call=softmax_call)
 
     gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-    for function in (attention, varlen, layer_norm, softmax):
+    for function in (attention, varlen, layer_norm, rms_norm, softmax):
         function.add_argument("--dtype", choices=DTYPES, default="bfloat16")
         function.add_argument("--device", choices=(*gpus, "cpu"), default=gpus[0] if gpus else "cpu")
         function.add_argument("--backend", choices=backends.ORDER, help="ask for this one, as backend= does")
@@ -105,7 +110,17 @@ def attention_options(args: argparse.Namespace) -> dict[str, Any]:
 def layer_norm_call(args: argparse.Namespace) -> backends.Explanation:
     x = empty(args, *args.shape)
     weight, bias = empty(args, args.shape[-1]), empty(args, args.shape[-1])
-    return fastattn.explain(fastattn.layer_norm, x, args.shape[-1:], weight, bias, backend=args.backend)
+    return fastattn.explain(fastattn.layer_norm, x, args.shape[-1:], weight, bias, **norm_options(args, x))
+
+
+def rms_norm_call(args: argparse.Namespace) -> backends.Explanation:
+    x = empty(args, *args.shape)
+    weight = empty(args, args.shape[-1])
+    return fastattn.explain(fastattn.rms_norm, x, args.shape[-1:], weight, **norm_options(args, x))
+
+
+def norm_options(args: argparse.Namespace, x: torch.Tensor) -> dict[str, Any]:
+    return {"residual": x if args.residual else None, "dropout_p": args.dropout, "backend": args.backend}
 
 
 def softmax_call(args: argparse.Namespace) -> backends.Explanation:

@@ -2,7 +2,8 @@
 
 from fastattn.functional._attention import attention, varlen_attention
 from fastattn.functional._explain import explain
-from fastattn.functional._rows import layer_norm, log_softmax, softmax
+from fastattn.functional._norm import layer_norm, rms_norm
+from fastattn.functional._softmax import log_softmax, softmax
 from fastattn.functional._sdpa import scaled_dot_product_attention
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "explain",
     "layer_norm",
     "log_softmax",
+    "rms_norm",
     "scaled_dot_product_attention",
     "softmax",
     "varlen_attention",

@@ -11,9 +11,10 @@ from fastattn import backends
 from fastattn.backends import Explanation
 from fastattn.errors import ArgumentTypeError, FastattnError, kind
 from fastattn.functional._attention import attention, varlen_attention
-from fastattn.functional._plan import autocast
-from fastattn.functional._rows import check_norm_tensors, check_softmax_mask, facts, layer_norm, log_softmax, softmax
+from fastattn.functional._norm import check_norm_tensors, layer_norm, norm_out_dtype, rms_norm
+from fastattn.functional._plan import autocast, facts
 from fastattn.functional._sdpa import in_sdpa_names, scaled_dot_product_attention, sdpa_arguments
+from fastattn.functional._softmax import check_softmax_mask, log_softmax, softmax, softmax_overwrites
 
 
 def explain(fn: Callable, *args: Any, **kwargs: Any) -> Explanation:
@@ -21,7 +22,7 @@ def explain(fn: Callable, *args: Any, **kwargs: Any) -> Explanation:
 
     Args:
         fn: a public function of fastattn (`attention`, `varlen_attention`, `scaled_dot_product_attention`,
-            `layer_norm`, `softmax`, `log_softmax`).
+            `layer_norm`, `rms_norm`, `softmax`, `log_softmax`).
         args, kwargs: what it would be called with.
 
     Returns:
@@ -83,19 +84,26 @@ def _sdpa_spec(**arguments):
         raise in_sdpa_names(error) from None
 
 
-def _layer_norm_spec(x, normalized_shape, weight, bias, eps, residual, dropout_p, backend):
-    check_norm_tensors(x, weight, bias)
-    check.refuse("layer_norm", residual=(residual, None), dropout_p=(dropout_p, 0.0))
-    row = check.row_shape("layer_norm", normalized_shape)
-    return check.norm_spec("layer_norm", x.shape, x.dtype, x.device, row, (facts(weight), facts(bias)), eps), x.device
+def _norm_spec(fn):
+    def spec(
+        x, normalized_shape, weight, eps, residual, dropout_p, memory_efficient, backend, bias=None, weight_offset=0.0
+    ):
+        check_norm_tensors(fn, x, weight, bias, residual)
+        row = check.row_shape(fn, normalized_shape)
+        tensors = facts(weight), facts(bias), facts(residual)
+        options = eps, dropout_p, weight_offset, memory_efficient, norm_out_dtype(x)
+        return check.norm_spec(fn, facts(x), row, *tensors, *options), x.device
+
+    return spec
 
 
 def _softmax_spec(fn):
-    def spec(x, dim, scale, mask, causal, backend):
+    def spec(x, dim, scale, mask, causal, inplace, backend):
         check.check_tensor(fn, "x", x)
         if mask is not None:
             check_softmax_mask(fn, x, mask)
-        return check.softmax_spec(fn, x.shape, x.dtype, dim, scale, causal, mask is not None), x.device
+        overwrites = softmax_overwrites(fn, x, mask, inplace)
+        return check.softmax_spec(fn, x.shape, x.dtype, dim, scale, causal, mask is not None, overwrites), x.device
 
     return spec
 
@@ -104,7 +112,8 @@ _SPEC_OF: dict[Callable, Callable] = {
     attention: _attention_spec,
     varlen_attention: _varlen_spec,
     scaled_dot_product_attention: _sdpa_spec,
-    layer_norm: _layer_norm_spec,
+    layer_norm: _norm_spec("layer_norm"),
+    rms_norm: _norm_spec("rms_norm"),
     softmax: _softmax_spec("softmax"),
     log_softmax: _softmax_spec("log_softmax"),
 }

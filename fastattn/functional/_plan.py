@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,11 @@ def cached(plan: Callable) -> Callable:
             return plan(*args)
 
     return lookup
+
+
+def facts(t: Tensor | None) -> Any:
+    """What a plan depends on: (shape, dtype, device), or None for an absent tensor."""
+    return None if t is None else (t.shape, t.dtype, t.device)
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

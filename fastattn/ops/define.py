@@ -71,6 +71,7 @@ class Definition:
     # have fewer than two dimensions, or differ in the size of dimension 0
     reference_backward: Callable[[Tensors, dict[str, Tensor | None], Any], Tensors] | None = None
     tangents: Callable[[Tensors, Tensors, Tensors, Any, str], Tensors] | None = None
+    unsaved: Callable[[Any], tuple[str, ...]] | None = None  # spec -> those of `saved` that are None under it
     recycled: tuple[str, str] | None = None  # (input, saved output): the gradient of the one may take the memory of the
     # other once nobody can ask for it again; the launcher is then given one tensor for both
 
@@ -115,9 +116,13 @@ class Operator:
             increment_version(overwritten)
         return outputs
 
-    def saved(self, inputs: Tensors, outputs: Tensors) -> Tensors:
+    def saved(self, inputs: Tensors, outputs: Tensors, spec: Spec) -> Tensors:
         everything = inputs + outputs
-        return tuple(everything[i] for i in self._saved_index)
+        if self.definition.unsaved is None:
+            return tuple(everything[i] for i in self._saved_index)
+        unsaved = self.definition.unsaved(spec)
+        pairs = zip(self.definition.saved, self._saved_index, strict=True)
+        return tuple(None if name in unsaved else everything[i] for name, i in pairs)
 
     def run_backward(
         self, grads: Tensors, saved: Tensors, wanted: Sequence[bool], spec: Spec, backend: str, last: bool = False
@@ -136,9 +141,16 @@ class Operator:
 
     @staticmethod
     def placeholders(grads: Tensors, like: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
-        """An operator cannot return None: a gradient that is not wanted becomes an empty tensor."""
+        """A custom op returns neither None nor a tensor twice: an empty tensor for a gradient that is not wanted, and a
+        copy of one that two inputs share."""
         some = next(t for t in like if t is not None)
-        return tuple(some.new_empty(0) if g is None else g for g in grads)
+        tensors: list[Tensor] = []
+        for g in grads:
+            if g is None:
+                tensors.append(some.new_empty(0))
+            else:
+                tensors.append(g.clone() if any(g is t for t in tensors) else g)
+        return tuple(tensors)
 
     # ---- the same for tensors of any kind
 
@@ -163,7 +175,8 @@ class Operator:
         d = self.definition
         by_name = dict(zip(d.saved, saved, strict=True))
         if d.reference_backward is not None:
-            return d.reference_backward(grads, by_name, spec)
+            found = d.reference_backward(grads, by_name, spec)
+            return tuple(g if want else None for g, want in zip(found, wanted, strict=True))
         if not by_name.keys() >= set(self.input_names):
             raise UnsupportedError(
                 f"{d.name}: its gradient cannot be differentiated again; backend='eager' computes that."

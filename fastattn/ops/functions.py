@@ -25,7 +25,7 @@ def eager_function(op: Operator) -> Function:
             inputs, (ctx.spec, ctx.backend) = args[:-2], args[-2:]
             outputs = op.run(inputs, ctx.spec, ctx.backend)
             ctx.mark_dirty(*in_place(inputs, outputs))
-            ctx.save_for_backward(*op.saved(inputs, outputs))
+            ctx.save_for_backward(*op.saved(inputs, outputs, ctx.spec))
             ctx.set_materialize_grads(False)
             ctx.mark_non_differentiable(*(outputs[i] for i in op.fixed_outputs))
             return outputs
@@ -58,7 +58,7 @@ def transformable_function(op: Operator) -> Function:
         @staticmethod
         def setup_context(ctx, inputs, output):
             *tensors, ctx.spec, ctx.backend = inputs
-            ctx.save_for_backward(*op.saved(tuple(tensors), output))
+            ctx.save_for_backward(*op.saved(tuple(tensors), output, ctx.spec))
             ctx.save_for_forward(*tensors, *output)
             ctx.set_materialize_grads(False)
             ctx.mark_non_differentiable(*(output[i] for i in op.fixed_outputs))

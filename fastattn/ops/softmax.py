@@ -8,7 +8,7 @@ from fastattn.spec import SoftmaxSpec
 
 
 def _allocate(inputs, spec: SoftmaxSpec):
-    return (inputs[0].new_empty(inputs[0].shape),)
+    return (inputs[0] if spec.inplace else inputs[0].new_empty(inputs[0].shape),)
 
 
 def _launch(outputs, inputs, spec: SoftmaxSpec, backend: str):

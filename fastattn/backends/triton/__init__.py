@@ -8,12 +8,22 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from fastattn.errors import UnsupportedError
-from fastattn.spec import AttentionInputs, AttentionSpec, NormSpec, SoftmaxSpec
+from fastattn.spec import (
+    AttentionInputs,
+    AttentionSpec,
+    DropoutAddSpec,
+    ElementwiseSpec,
+    GatedSpec,
+    NormSpec,
+    RotarySpec,
+    SoftmaxSpec,
+)
 
 NAME = "triton"
 COMPOSITE = False
@@ -49,7 +59,7 @@ def _available(device: torch.device) -> str | None:
     return None
 
 
-def unsupported(spec: AttentionSpec | NormSpec | SoftmaxSpec, device: torch.device) -> str | None:
+def unsupported(spec: AttentionSpec | NormSpec | SoftmaxSpec | ElementwiseSpec, device: torch.device) -> str | None:
     if isinstance(spec, AttentionSpec) and spec.fp8:
         if why := _no_fp8(device):
             return why
@@ -58,7 +68,8 @@ def unsupported(spec: AttentionSpec | NormSpec | SoftmaxSpec, device: torch.devi
     if isinstance(spec, AttentionSpec):
         return _unsupported_attention(spec, device)
     if isinstance(spec, NormSpec):
-        for argument, dtype in (("weight", spec.weight_dtype), ("bias", spec.bias_dtype)):
+        named = (("weight", spec.weight_dtype), ("bias", spec.bias_dtype), ("residual", spec.residual_dtype))
+        for argument, dtype in named:
             if dtype is not None and dtype not in _DTYPES:
                 return f"{argument} of dtype {_name(dtype)} (it has float16, bfloat16 and float32)"
     return None
@@ -100,7 +111,7 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def describe(spec: AttentionSpec | NormSpec | SoftmaxSpec, device: torch.device) -> str:
+def describe(spec: AttentionSpec | NormSpec | SoftmaxSpec | ElementwiseSpec, device: torch.device) -> str:
     how = "interpreted" if INTERPRET else "compiled"
     if isinstance(spec, AttentionSpec):
         from fastattn.backends.triton.configs import arch_of, backward_config, forward_config
@@ -166,34 +177,46 @@ def _has_derivatives(spec: AttentionSpec) -> None:
         raise UnsupportedError("attention: 8-bit inputs have a forward only.")
 
 
-def _rows(t: Tensor, n_dims: int) -> Tensor:
-    """(…, *row) -> (M, N); a view where strides allow, else a copy."""
-    return t.flatten(t.dim() - n_dims).flatten(0, -2) if t.dim() > n_dims else t.reshape(1, -1)
-
-
-def layer_norm_forward(
-    y: Tensor, mean: Tensor, rstd: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, spec: NormSpec
+def norm_forward(
+    y: Tensor,
+    h: Tensor,
+    stats: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    seed: Tensor | None,
+    spec: NormSpec,
 ) -> None:
-    from fastattn.backends.triton.layer_norm import launch_forward
+    from fastattn.backends.triton.norm import launch_forward
 
     weight, bias = (t if t is None else t.reshape(-1) for t in (weight, bias))
     with _on(x):
-        launch_forward(_rows(y, spec.n_dims), mean, rstd, _rows(x, spec.n_dims), weight, bias, spec.eps)
+        launch_forward(y, h, stats, x, weight, bias, residual, seed, spec)
 
 
-def layer_norm_backward(
-    dx, dweight, dbias, dy: Tensor | None, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, spec: NormSpec
+def norm_backward(
+    dx: Tensor | None,
+    dweight: Tensor | None,
+    dbias: Tensor | None,
+    dresidual: Tensor | None,
+    dy: Tensor | None,
+    dh: Tensor | None,
+    base: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    stats: Tensor,
+    spec: NormSpec,
 ) -> None:
-    from fastattn.backends.triton.layer_norm import launch_backward
+    from fastattn.backends.triton.norm import launch_backward
 
     if dy is None:
-        dy = torch.zeros((), dtype=x.dtype, device=x.device).expand(x.shape)
-    dweight, dbias, weight = (
-        t if t is None else t.view(-1) for t in (dweight, dbias, weight if weight is None else weight.contiguous())
-    )
-    with _on(x):
-        dx_rows = dx if dx is None else _rows(dx, spec.n_dims)
-        launch_backward(dx_rows, dweight, dbias, _rows(dy, spec.n_dims), _rows(x, spec.n_dims), weight, mean, rstd)
+        dy = torch.zeros((), dtype=spec.dtype, device=base.device).expand(base.shape)
+    dweight, dbias = (t if t is None else t.view(-1) for t in (dweight, dbias))
+    weight, bias = (t if t is None else t.reshape(-1) for t in (weight, bias))
+    with _on(base):
+        launch_backward(dx, dweight, dbias, dresidual, dy, dh, base, weight, bias, seed, stats, spec)
 
 
 def softmax_forward(y: Tensor, x: Tensor, mask: Tensor | None, spec: SoftmaxSpec) -> None:
@@ -210,3 +233,35 @@ def softmax_backward(dx: Tensor | None, dy: Tensor | None, y: Tensor, mask: Tens
         return
     with _on(y):
         dx.zero_() if dy is None else launch_backward(dx, dy, y, mask, spec, spec.dim)
+
+
+def gated_forward(y: Tensor, gate: Tensor, up: Tensor, spec: GatedSpec) -> None:
+    from fastattn.backends.triton.gated import launch_forward
+
+    with _on(y):
+        launch_forward(y, gate, up, spec)
+
+
+def gated_backward(
+    dgate: Tensor | None, dup: Tensor | None, dy: Tensor, gate: Tensor, up: Tensor, spec: GatedSpec
+) -> None:
+    from fastattn.backends.triton.gated import launch_backward
+
+    with _on(gate):
+        launch_backward(dgate, dup, dy, gate, up, spec)
+
+
+def rotary(
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor | None,
+    cu_seqlens: Tensor | None,
+    spec: RotarySpec,
+    inverse: bool = False,
+) -> None:
+    """For each pair (y, x), of which there are one or two: y is x rotated, or rotated back."""
+    from fastattn.backends.triton.rotary import launch
+
+    with _on(cos):
+        launch(pairs, cos, sin, position_ids, cu_seqlens, spec, inverse)

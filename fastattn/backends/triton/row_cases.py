@@ -18,7 +18,8 @@ def row_case(
 ) -> KernelCase:
     """Steps along a row are 1; its length, other steps and pointers are multiples of 16.
 
-    `pointers` has the type of each pointer argument, and may have more.
+    `pointers` has the type of each pointer argument, and may have more. The budget lets ptxas spill what it spills by
+    itself to fit one more block on a multiprocessor: these kernels wait for memory.
     """
     names = kernel.arg_names
     constexprs |= {"BLOCK_N": config.BLOCK_N}
@@ -30,4 +31,4 @@ def row_case(
     }
     aligned = (*pointers, *(name for name in scalars if name not in _FLOATS + _UNKNOWN))
     # The kernels' loops say themselves how far they read ahead; num_stages is without effect.
-    return KernelCase(name, kernel, pointers | scalars, constexprs, config.num_warps, 1, aligned)
+    return KernelCase(name, kernel, pointers | scalars, constexprs, config.num_warps, 1, aligned, budget="occupancy")

@@ -31,9 +31,9 @@ class RowConfig:
     num_stages: int = 1  # tiles in hand: one that is worked on, and those that are being read
 
 
-def dropout_arguments(dropout_p: float) -> dict[str, int | float]:
+def dropout_arguments(dropout_p: float) -> tuple[int, float]:
     """What `row_dropout_factor` compares a 32-bit word with, and what it returns for one that is kept."""
-    return {"threshold": int(dropout_p * 2**32), "scale": 0.0 if dropout_p == 1.0 else 1.0 / (1.0 - dropout_p)}
+    return int(dropout_p * 2**32), 0.0 if dropout_p == 1.0 else 1.0 / (1.0 - dropout_p)
 
 
 def warp_size(arch: str) -> int:
@@ -68,7 +68,7 @@ def row_config(N: int, tiles: int, arch: str, rows: int = 1 << 30, contiguous_ro
     group = max(MIN_THREADS * (most // 2) // BLOCK_N, CONTIGUOUS_ROWS if contiguous_rows else 1)
     group = min(group, next_power_of_2(rows))
     if BLOCK_N * group > MAX_THREADS * most:
-        BLOCK_N = MAX_THREADS * ELEMENTS // group
+        BLOCK_N = MAX_THREADS * min(ELEMENTS, most) // group
     return _with_threads(BLOCK_N, group, arch)
 
 

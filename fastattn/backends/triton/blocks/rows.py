@@ -13,6 +13,17 @@ def tile_offsets(m, n, stride_m, stride_n):
 
 
 @triton.jit
+def row_offsets(m, R1, R2, step0, step1, step2, DIMS: tl.constexpr):
+    """Where rows m, int64, of a tensor begin whose rows are numbered through DIMS <= 3 dimensions (…, R1, R2)."""
+    if DIMS == 1:
+        return m * step2
+    elif DIMS == 2:
+        return m // R2 * step1 + m % R2 * step2
+    else:
+        return m // R2 // R1 * step0 + m // R2 % R1 * step1 + m % R2 * step2
+
+
+@triton.jit
 def inside(m, n, M, N):
     """Which entries (BLOCK_M, BLOCK_N) of a tile lie in the M × N matrix."""
     return (m < M)[:, None] & (n < N)[None, :]

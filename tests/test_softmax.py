@@ -1,4 +1,4 @@
-"""LayerNorm, softmax and log_softmax of every backend against float64, values and gradients, in each named case."""
+"""softmax and log_softmax of every backend against float64, values and gradients, in each named case."""
 
 from __future__ import annotations
 
@@ -11,91 +11,11 @@ import torch
 from torch import Tensor
 
 import fastattn
+from fastattn.errors import ArgumentError
 from fastattn.testing import assert_close, make_inputs
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 BACKENDS = pytest.mark.parametrize("backend", ["triton", "eager"])
-
-
-@dataclass(frozen=True)
-class Norm:
-    name: str
-    shape: tuple[int, ...]
-    dims: int = 1  # how many of the last dimensions are normalised
-    dtype: torch.dtype = F32
-    parameter_dtype: torch.dtype | None = None  # None: x's
-    weight: bool = True
-    bias: bool = True
-    eps: float = 1e-5
-    offset: float = 0.0  # added to x: a mean far from 0 is where a one-pass variance fails
-    transposed: bool = False
-
-    def __str__(self) -> str:
-        return self.name
-
-
-NORMS = [
-    *(Norm(f"N{N}", (3, N)) for N in (1, 2, 7, 64, 100, 1024, 1025)),
-    *(Norm(f"N{N}_looped", (2, N)) for N in (20_000, 65_536, 70_001)),
-    Norm("one_row", (1, 48)),
-    Norm("many_rows", (130, 40)),
-    Norm("no_rows", (0, 40)),
-    Norm("no_leading_dimension", (33,)),
-    Norm("four_dimensions", (2, 3, 4, 24)),
-    Norm("over_two_dimensions", (5, 6, 8), dims=2),
-    Norm("no_weight", (9, 40), weight=False),
-    Norm("no_bias", (9, 40), bias=False),
-    Norm("no_parameters", (9, 40), weight=False, bias=False),
-    Norm("large_eps", (9, 40), eps=0.5),
-    Norm("large_mean", (9, 1000), offset=300.0),
-    Norm("large_mean_looped", (2, 40_000), offset=300.0),
-    Norm("transposed", (9, 40), transposed=True),
-    *(Norm(f"{name}_{N}", (17, N), dtype=dtype) for dtype, name in ((F16, "fp16"), (BF16, "bf16")) for N in (96, 2000)),
-    Norm("bf16_with_fp32_parameters", (17, 96), dtype=BF16, parameter_dtype=F32),
-    Norm("bf16_large_mean", (17, 96), dtype=BF16, offset=50.0),
-]
-
-
-def norm_inputs(case: Norm, device: torch.device) -> tuple[list[Tensor], Tensor]:
-    """-> ([x, weight, bias as the case has them], dy)."""
-    row = case.shape[-case.dims :]
-    x, dy = make_inputs(case.shape, case.shape, device=device)
-    x = (x * 2 + case.offset).to(case.dtype)
-    if case.transposed:
-        x = x.T.contiguous().T
-    weight, bias = make_inputs(row, row, dtype=case.parameter_dtype or case.dtype, device=device, seed=1)
-    return [x, *([weight] if case.weight else []), *([bias] if case.bias else [])], dy.to(case.dtype)
-
-
-@BACKENDS
-@pytest.mark.parametrize("case", NORMS, ids=str)
-def test_layer_norm(case: Norm, backend: str, device: torch.device):
-    inputs, dy = norm_inputs(case, device)
-    names = ["x", *(["weight"] if case.weight else []), *(["bias"] if case.bias else [])]
-    row = case.shape[-case.dims :]
-
-    def ours(backend):
-        return lambda **t: fastattn.layer_norm(t["x"], row, t.get("weight"), t.get("bias"), case.eps, backend=backend)
-
-    def theirs(**t):
-        parameters = (None if p is None else p.to(t["x"].dtype) for p in (t.get("weight"), t.get("bias")))
-        return torch.nn.functional.layer_norm(t["x"], row, *parameters, case.eps)
-
-    def run(function, convert) -> dict[str, Tensor]:
-        leaves = {name: convert(t).detach().requires_grad_() for name, t in zip(names, inputs, strict=True)}
-        y = function(**leaves)
-        grads = torch.autograd.grad(y, list(leaves.values()), dy.to(y.dtype))
-        return {"y": y, **{f"d{name}": g for name, g in zip(names, grads, strict=True)}}
-
-    exact = run(ours("reference"), Tensor.double)
-    eager, actual = run(theirs, lambda t: t), run(ours(backend), lambda t: t)
-    for name, t in actual.items():
-        # A sum over rows or of a long row rounds at the size of its terms; the mean, in fp32, at the size of x.
-        terms = [exact["y"], exact[name]]
-        if case.dtype == F32 and case.offset and name in ("y", "dx"):
-            terms.append(inputs[0] / inputs[0].std(-1, keepdim=True) * (inputs[1] if case.weight else 1.0))
-        scale = max(g.abs().max().item() if g.numel() else 0.0 for g in terms)
-        assert_close(t, exact[name], eager[name], name, scale=scale)
 
 
 @dataclass(frozen=True)
@@ -115,6 +35,7 @@ class Soft:
 SOFTS = [
     *(Soft(f"N{N}", (3, N)) for N in (1, 2, 7, 64, 1000, 1025)),
     *(Soft(f"N{N}_looped", (2, N)) for N in (70_001, 262_144)),
+    Soft("a_million", (1, 1_000_003), options={"scale": 0.5}),
     Soft("no_rows", (0, 9)),
     Soft("no_columns", (3, 0)),
     Soft("no_dimension", ()),
@@ -139,6 +60,9 @@ SOFTS = [
     *(Soft(f"{name}_{N}", (9, N), dtype=dtype) for dtype, name in ((F16, "fp16"), (BF16, "bf16")) for N in (50, 3000)),
     Soft("bf16_mask_causal", (2, 30, 30), dtype=BF16, mask=(30,), options={"causal": True, "scale": 2.0}),
 ]
+
+
+IN_PLACE = ("N1000", "N70001_looped", "middle_dimension", "strided", "mask_of_keys", "causal_mask_scale", "bf16_3000")
 
 
 @BACKENDS
@@ -200,24 +124,10 @@ def test_non_finite_rows_are_as_torch_has_them(value, N, device):
     (x,) = make_inputs((3, N), device=device)
     x[1, 5] = value
     for ours, theirs in (
-        (lambda t: fastattn.layer_norm(t, N, backend="triton"), lambda t: torch.nn.functional.layer_norm(t, (N,))),
         (lambda t: fastattn.softmax(t, backend="triton"), lambda t: torch.softmax(t, -1)),
         (lambda t: fastattn.log_softmax(t, backend="triton"), lambda t: torch.log_softmax(t, -1)),
     ):
         torch.testing.assert_close(ours(x), theirs(x), equal_nan=True)
-
-
-def test_layer_norm_is_repeatable_and_keeps_rows_apart(device):
-    x, weight, bias, dy = make_inputs((200, 64), (64,), (64,), (200, 64), device=device)
-
-    def run(rows):
-        leaves = [t.detach().requires_grad_() for t in (x[rows], weight, bias)]
-        y = fastattn.layer_norm(leaves[0], 64, *leaves[1:], backend="triton")
-        return y, *torch.autograd.grad(y, leaves, dy[rows])
-
-    everything = slice(None)
-    assert all(torch.equal(a, b) for a, b in zip(run(everything), run(everything), strict=True))
-    assert torch.equal(run(everything)[0][:7], run(slice(7))[0])
 
 
 def test_offsets_pass_2_to_the_31(device):
@@ -227,8 +137,67 @@ def test_offsets_pass_2_to_the_31(device):
     far = buffer.as_strided((5, 64), (stride, 1))
     near = make_inputs((5, 64), dtype=F16, device=device)[0]
     far.copy_(near)
-    for function in (
-        lambda t: fastattn.layer_norm(t, 64, backend="triton"),
-        lambda t: fastattn.softmax(t, backend="triton"),
-    ):
-        assert torch.equal(function(far), function(near))
+    assert torch.equal(fastattn.softmax(far, backend="triton"), fastattn.softmax(near, backend="triton"))
+
+
+@BACKENDS
+@pytest.mark.parametrize("case", [c for c in SOFTS if c.name in IN_PLACE], ids=str)
+@pytest.mark.parametrize("function", [fastattn.softmax, fastattn.log_softmax], ids=lambda f: f.__name__)
+def test_in_place(function, case, backend, device):
+    """x itself is returned, with the bits of the result out of place, and so is its gradient."""
+    x, dy = make_inputs(case.shape, case.shape, dtype=case.dtype, device=device, layout=case.layout)
+    mask = torch.rand(case.mask, generator=torch.Generator().manual_seed(2)).to(device) > 0.4 if case.mask else None
+    options = {**case.options, "mask": mask, "backend": backend}
+    expected = function(x, case.dim, **options)
+    given = x.clone()
+    version = given._version
+    assert function(given, case.dim, inplace=True, **options) is given
+    assert torch.equal(given, expected)
+    assert given._version > version
+    results = []
+    for inplace in (False, True):
+        leaf = x.detach().requires_grad_()
+        y = function(leaf * 1.0, case.dim, inplace=inplace, **options)
+        results.append((y, *torch.autograd.grad(y, leaf, dy)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_in_place_is_noticed_by_who_kept_x(device):
+    """exp keeps its result, which the softmax overwrites; that is found out, with kernels as with torch."""
+    (leaf,) = make_inputs((4, 40), device=device)
+    for grad_mode in (torch.enable_grad, torch.no_grad):
+        y = leaf.detach().requires_grad_().exp()
+        with grad_mode():
+            fastattn.softmax(y.detach() if grad_mode is torch.no_grad else y, inplace=True, backend="triton")
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+
+
+def test_in_place_refuses_what_it_cannot_write_over(device):
+    (x,) = make_inputs((4, 40), device=device)
+    with pytest.raises(ArgumentError, match=r"softmax: `x` has strides \(0, 1\) and overlaps itself"):
+        fastattn.softmax(x[:1].expand(4, 40), inplace=True)
+    with pytest.raises(ArgumentError, match="log_softmax: `x` is a leaf that requires a gradient"):
+        fastattn.log_softmax(x.requires_grad_(), inplace=True)
+
+
+def test_in_place_on_views_and_under_transforms(device):
+    """Half of a tensor; in compiled code; under vmap and grad: x is overwritten all the same, gradients are right."""
+    (x, dy) = make_inputs((6, 40), (3, 40), device=device)
+
+    def first_half(x, inplace):
+        x = x * 1.0
+        y = fastattn.softmax(x[:3], inplace=inplace, backend="triton")
+        return (x[:3] if inplace else y), y
+
+    leaf = x.detach().requires_grad_()
+    expected, _ = first_half(leaf, False)
+    (gradient,) = torch.autograd.grad(expected, leaf, dy)
+    compiled = torch.compile(first_half, fullgraph=True, backend="aot_eager")
+    for function in (first_half, compiled):
+        seen, y = function(leaf, True)
+        assert torch.equal(seen, expected)
+        torch.testing.assert_close(torch.autograd.grad(y, leaf, dy)[0], gradient)
+    assert torch.equal(torch.func.vmap(lambda row: first_half(row[None].expand(6, -1), True)[0][0])(x[:3]), expected)
+    pulled = torch.func.grad(lambda x: (first_half(x, True)[0] * dy).sum())(x)
+    torch.testing.assert_close(pulled, gradient)

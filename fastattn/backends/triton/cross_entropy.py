@@ -1,0 +1,512 @@
+"""Cross entropy of logits with classes or class probabilities, forward with its gradient, and backward.
+
+    s = softcap · tanh(x / softcap)   or x          log p_j = (s_j - max s) - log Σ exp(s_l - max s)
+    loss of a row = -Σ_j q_j log p_j + z_loss · lse²          lse = max s + log Σ exp(s_l - max s)
+    dx_j = ((Σ q + 2 z_loss lse) p_j - q_j) · ds_j / dx_j     ds / dx = 1 - (s / softcap)²  or 1
+
+    q_j = (1 - ε) w_t [j = t] + ε / N · w_j         for a class t of N, w = 1 without class weights
+    q_j = w_j ((1 - ε) y_j + ε / N)                 for probabilities y
+
+A row is a line of x along the classes, of N elements; the other dimensions are merged into at most three, (R0, R1, M),
+and a tile is BLOCK_M neighbours along M by BLOCK_N classes, as in softmax.py. The arithmetic is fp32.
+
+A row that fits one tile is read once. A longer one is read twice, in chunks of BLOCK_N: for its maximum and sum, kept
+up to date as the chunks come by, and for its gradient; the second time it comes from the L2 cache, because few enough
+rows are in flight. A row to be ignored is not read at all. The gradient may be written over x: an element is read for
+the last time by the thread that writes it, before it does.
+
+Row losses are added up in fp32 and in one order. A mean needs its divisor before the first gradient is written: a small
+kernel computes it, from the targets alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastattn.backends.triton.blocks.cast import cast
+from fastattn.backends.triton.blocks.constants import NEG_INF
+from fastattn.backends.triton.blocks.rows import inside, load_rows, store_rows, tile_offsets
+from fastattn.backends.triton.blocks.score import tanh
+from fastattn.backends.triton.configs import arch_of
+from fastattn.backends.triton.row_configs import RowConfig, row_config, warp_size
+from fastattn.backends.triton.row_layout import merge_dimensions
+from fastattn.spec import CrossEntropySpec
+
+if TYPE_CHECKING:
+    from fastattn.backends.triton.inspection import KernelCase
+
+TILES = 3  # s, p, and q
+SUM_BLOCK, SUM_ROUNDS, MOST_SUMS = 2048, 16, 1024
+NAN: tl.constexpr = tl.constexpr(float("nan"))
+
+
+@triton.jit
+def load_scores(x, m, n, stride_m, stride_n, N, read, softcap, SOFTCAP: tl.constexpr):
+    """s (BLOCK_M, BLOCK_N) of rows to be read; -inf after the last class."""
+    s = load_rows(x, m, n, stride_m, stride_n, read[:, None] & (n < N)[None, :])
+    if SOFTCAP:
+        s = softcap * tanh(s / softcap)
+    return tl.where((n < N)[None, :], s, NEG_INF)
+
+
+@triton.jit
+def add_to_sum(row_max, row_sum, s):
+    """The maximum of each row so far, and Σ exp(s - maximum), with one more tile of s."""
+    new_max = tl.maximum(row_max, tl.max(s, 1))
+    offset = tl.where(new_max == NEG_INF, 0.0, new_max)  # as long as nothing but -inf has come by
+    row_sum = row_sum * tl.exp(row_max - offset) + tl.sum(tl.exp(s - offset[:, None]), 1)
+    return new_max, row_sum
+
+
+@triton.jit
+def load_class(target, m, stride_m, M, N, ignore_index):
+    """The class t of each row, -1 where there is none; which rows count; NaN for one whose class does not exist, or 0."""
+    t = tl.load(target + m * stride_m, mask=m < M, other=0).to(tl.int64)
+    counts = (m < M) & (t != ignore_index)
+    exists = (t >= 0) & (t < N)
+    tl.device_assert(exists | ~counts, "cross_entropy: a target is neither a class nor ignore_index")
+    poison = tl.where(exists | ~counts, 0.0, NAN)
+    return tl.where(exists & counts, t, -1).to(tl.int32), counts, poison
+
+
+@triton.jit
+def class_weights(weight, n, stride_w, N):
+    """w (BLOCK_N,), 0 after the last class."""
+    return tl.load(weight + n.to(tl.int64) * stride_w, mask=n < N, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def weight_of_class(weight, t, stride_w):
+    """w_t of each row, 0 for one without a class."""
+    if weight is None:
+        return tl.where(t >= 0, 1.0, 0.0)
+    else:
+        return tl.load(weight + t.to(tl.int64) * stride_w, mask=t >= 0, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_q(
+    target, weight, m, n, t, w_t, stride_tm, stride_tn, stride_w, N, read, smoothing,
+    PROBABILITIES: tl.constexpr, SMOOTHED: tl.constexpr,
+):  # fmt: skip
+    """q (BLOCK_M, BLOCK_N), 0 after the last class."""
+    if PROBABILITIES:
+        q = load_rows(target, m, n, stride_tm, stride_tn, read[:, None] & (n < N)[None, :])
+        if SMOOTHED:
+            q = tl.where((n < N)[None, :], q * (1.0 - smoothing) + smoothing / N, 0.0)
+        if weight is not None:
+            q *= class_weights(weight, n, stride_w, N)[None, :]
+    else:
+        q = tl.where(n[None, :] == t[:, None], ((1.0 - smoothing) * w_t)[:, None], 0.0)
+        if SMOOTHED:
+            if weight is None:
+                q += tl.where(n < N, smoothing / N, 0.0)[None, :]
+            else:
+                q += (smoothing / N * class_weights(weight, n, stride_w, N))[None, :]
+    return q
+
+
+@triton.jit
+def inner_loss(q, log_p, n, N):
+    """-Σ_j q_j log p_j over a tile."""
+    return -tl.sum(tl.where((n < N)[None, :], q * log_p, 0.0), 1)
+
+
+@triton.jit
+def score_gradient(s, log_p, q, pull, factor, softcap, SOFTCAP: tl.constexpr):
+    """dx = (pull · p - q) · ds / dx · factor, with pull = Σ q + 2 z_loss lse."""
+    dx = (pull[:, None] * tl.exp(log_p) - q) * factor[:, None]
+    if SOFTCAP:
+        ratio = s / softcap
+        dx *= 1.0 - ratio * ratio
+    return dx
+
+
+@triton.jit
+def _locate(R1, M, BLOCK_M: tl.constexpr):
+    """This program's place in the two outer dimensions, and its first row in the inner one; all int64."""
+    blocks = tl.cdiv(M, BLOCK_M)
+    outer = (tl.program_id(0) // blocks).to(tl.int64)
+    return outer // R1, outer % R1, (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_M
+
+
+@triton.jit(do_not_specialize=["ignore_index", "R1"])
+def _forward_kernel(
+    loss, row_max_out, log_sum_out, dx, x, target, weight, divisor,
+    ignore_index, smoothing, z_loss, softcap, R1, M, N,
+    stride_l0, stride_l1, stride_lm,
+    stride_dx0, stride_dx1, stride_dxm, stride_dxn,
+    stride_x0, stride_x1, stride_xm, stride_xn,
+    stride_t0, stride_t1, stride_tm, stride_tn, stride_w,
+    PROBABILITIES: tl.constexpr, SMOOTHED: tl.constexpr, Z_LOSS: tl.constexpr, SOFTCAP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ONE_TILE: tl.constexpr,
+):  # fmt: skip
+    """One program computes BLOCK_M rows: loss, and dx or what the backward needs to compute it."""
+    r0, r1, first = _locate(R1, M, BLOCK_M)
+    x += r0 * stride_x0 + r1 * stride_x1
+    target += r0 * stride_t0 + r1 * stride_t1
+    m = first + tl.arange(0, BLOCK_M)
+    n = tl.arange(0, BLOCK_N)
+    if PROBABILITIES:
+        read = m < M
+        t = tl.full((BLOCK_M,), -1, tl.int32)
+        poison = tl.zeros((BLOCK_M,), tl.float32)
+    else:
+        t, read, poison = load_class(target, m, stride_tm, M, N, ignore_index)
+    w_t = weight_of_class(weight, t, stride_w)
+    SPREAD: tl.constexpr = PROBABILITIES or SMOOTHED  # q is more than one class
+
+    # Pass 1: maximum, sum, and Σ q
+    row_max = tl.full((BLOCK_M,), NEG_INF, tl.float32)
+    row_sum = tl.zeros((BLOCK_M,), tl.float32)
+    total = (1.0 - smoothing) * w_t if not SPREAD else tl.zeros((BLOCK_M,), tl.float32)
+    if ONE_TILE:
+        s = load_scores(x, m, n, stride_xm, stride_xn, N, read, softcap, SOFTCAP)
+        row_max = tl.max(s, 1)
+        row_sum = tl.sum(tl.exp(s - row_max[:, None]), 1)
+        q = load_q(
+            target, weight, m, n, t, w_t, stride_tm, stride_tn, stride_w, N, read, smoothing, PROBABILITIES, SMOOTHED
+        )
+        if SPREAD:
+            total = tl.sum(q, 1)
+    else:
+        for start in range(0, N, BLOCK_N):
+            s = load_scores(x, m, start + n, stride_xm, stride_xn, N, read, softcap, SOFTCAP)
+            row_max, row_sum = add_to_sum(row_max, row_sum, s)
+            if SPREAD:
+                total += tl.sum(load_q(
+                    target, weight, m, start + n, t, w_t, stride_tm, stride_tn, stride_w, N, read, smoothing,
+                    PROBABILITIES, SMOOTHED,
+                ), 1)  # fmt: skip
+    log_sum = tl.log(row_sum)
+    lse = row_max + log_sum
+    pull = total
+    if Z_LOSS:
+        pull += 2.0 * z_loss * lse
+    row_loss = poison
+    if not SPREAD:
+        at_t = tl.load(x + m * stride_xm + t.to(tl.int64) * stride_xn, mask=t >= 0, other=0.0).to(tl.float32)
+        if SOFTCAP:
+            at_t = softcap * tanh(at_t / softcap)
+        row_loss -= total * ((at_t - row_max) - log_sum)
+
+    # Pass 2: dx, and the loss against many classes
+    if dx is not None:
+        tl.debug_barrier()  # x, which dx may overwrite, has been read by every thread
+        dx += r0 * stride_dx0 + r1 * stride_dx1
+        factor = 1.0 + poison
+        if divisor is not None:
+            factor /= tl.load(divisor)
+    if ONE_TILE:
+        log_p = (s - row_max[:, None]) - log_sum[:, None]
+        if SPREAD:
+            row_loss += inner_loss(q, log_p, n, N)
+        if dx is not None:
+            ds = score_gradient(s, log_p, q, pull, factor, softcap, SOFTCAP)
+            store_rows(dx, tl.where(read[:, None], ds, 0.0), m, n, stride_dxm, stride_dxn, M, N)
+    elif SPREAD or dx is not None:
+        for start in range(0, N, BLOCK_N):
+            s = load_scores(x, m, start + n, stride_xm, stride_xn, N, read, softcap, SOFTCAP)
+            log_p = (s - row_max[:, None]) - log_sum[:, None]
+            q = load_q(
+                target, weight, m, start + n, t, w_t, stride_tm, stride_tn, stride_w, N, read, smoothing,
+                PROBABILITIES, SMOOTHED,
+            )  # fmt: skip
+            if SPREAD:
+                row_loss += inner_loss(q, log_p, start + n, N)
+            if dx is not None:
+                ds = score_gradient(s, log_p, q, pull, factor, softcap, SOFTCAP)
+                store_rows(dx, tl.where(read[:, None], ds, 0.0), m, start + n, stride_dxm, stride_dxn, M, N)
+
+    if Z_LOSS:
+        row_loss += z_loss * lse * lse
+    rows = r0 * stride_l0 + r1 * stride_l1 + m * stride_lm
+    tl.store(loss + rows, cast(tl.where(read, row_loss, 0.0), loss.dtype.element_ty), mask=m < M)
+    if row_max_out is not None:
+        tl.store(row_max_out + rows, row_max, mask=m < M)
+        tl.store(log_sum_out + rows, log_sum, mask=m < M)
+
+
+@triton.jit(do_not_specialize=["ignore_index", "R1"])
+def _backward_kernel(
+    dx, dloss, row_max, log_sum, x, target, weight, divisor,
+    ignore_index, smoothing, z_loss, softcap, R1, M, N,
+    stride_l0, stride_l1, stride_lm,
+    stride_dl0, stride_dl1, stride_dlm,
+    stride_dx0, stride_dx1, stride_dxm, stride_dxn,
+    stride_x0, stride_x1, stride_xm, stride_xn,
+    stride_t0, stride_t1, stride_tm, stride_tn, stride_w,
+    PROBABILITIES: tl.constexpr, SMOOTHED: tl.constexpr, Z_LOSS: tl.constexpr, SOFTCAP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program computes BLOCK_M rows of dx from x and the forward's maximum and sum."""
+    r0, r1, first = _locate(R1, M, BLOCK_M)
+    dx += r0 * stride_dx0 + r1 * stride_dx1
+    x += r0 * stride_x0 + r1 * stride_x1
+    target += r0 * stride_t0 + r1 * stride_t1
+    m = first + tl.arange(0, BLOCK_M)
+    n = tl.arange(0, BLOCK_N)
+    if PROBABILITIES:
+        read = m < M
+        t = tl.full((BLOCK_M,), -1, tl.int32)
+        poison = tl.zeros((BLOCK_M,), tl.float32)
+    else:
+        t, read, poison = load_class(target, m, stride_tm, M, N, ignore_index)
+    w_t = weight_of_class(weight, t, stride_w)
+    rows = r0 * stride_l0 + r1 * stride_l1 + m * stride_lm
+    highest = tl.load(row_max + rows, mask=read, other=0.0)
+    log_of_sum = tl.load(log_sum + rows, mask=read, other=0.0)
+    factor = tl.load(dloss + r0 * stride_dl0 + r1 * stride_dl1 + m * stride_dlm, mask=read, other=0.0).to(tl.float32)
+    factor += poison
+    if divisor is not None:
+        factor /= tl.load(divisor)
+
+    if not PROBABILITIES and not SMOOTHED:
+        pull = w_t
+    else:
+        pull = tl.zeros((BLOCK_M,), tl.float32)
+        for start in range(0, N, BLOCK_N):
+            pull += tl.sum(load_q(
+                target, weight, m, start + n, t, w_t, stride_tm, stride_tn, stride_w, N, read, smoothing,
+                PROBABILITIES, SMOOTHED,
+            ), 1)  # fmt: skip
+    if Z_LOSS:
+        pull += 2.0 * z_loss * (highest + log_of_sum)
+    for start in range(0, N, BLOCK_N):
+        s = load_scores(x, m, start + n, stride_xm, stride_xn, N, read, softcap, SOFTCAP)
+        log_p = (s - highest[:, None]) - log_of_sum[:, None]
+        q = load_q(
+            target, weight, m, start + n, t, w_t, stride_tm, stride_tn, stride_w, N, read, smoothing,
+            PROBABILITIES, SMOOTHED,
+        )  # fmt: skip
+        ds = score_gradient(s, log_p, q, pull, factor, softcap, SOFTCAP)
+        store_rows(dx, tl.where(read[:, None], ds, 0.0), m, start + n, stride_dxm, stride_dxn, M, N)
+
+
+@triton.jit
+def _sum_kernel(out, values, divisor, P, rounds, BLOCK: tl.constexpr):
+    """out[i] = Σ of the i-th `rounds` blocks of P values, divided by *divisor if there is one."""
+    first = tl.program_id(0).to(tl.int64) * rounds * BLOCK
+    total = tl.zeros((BLOCK,), tl.float32)
+    for i in range(rounds):
+        p = first + i * BLOCK + tl.arange(0, BLOCK)
+        total += tl.load(values + p, mask=p < P, other=0.0)
+    result = tl.sum(total, 0)
+    if divisor is not None:
+        result /= tl.load(divisor)
+    tl.store(out + tl.program_id(0), cast(result, out.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["ignore_index"])
+def _count_kernel(out, target, weight, ignore_index, P, N, rounds, stride_w, BLOCK: tl.constexpr):
+    """out[i] = Σ w_t over those of the i-th `rounds` blocks of P classes that count."""
+    first = tl.program_id(0).to(tl.int64) * rounds * BLOCK
+    total = tl.zeros((BLOCK,), tl.float32)
+    for i in range(rounds):
+        p = first + i * BLOCK + tl.arange(0, BLOCK)
+        t, _, _ = load_class(target, p, 1, P, N, ignore_index)
+        total += weight_of_class(weight, t, stride_w)
+    tl.store(out + tl.program_id(0), tl.sum(total, 0))
+
+
+@triton.jit
+def _scale_kernel(
+    out, x, factor, R1, M, N,
+    stride_f0, stride_f1, stride_fm,
+    stride_out0, stride_out1, stride_outm, stride_outn,
+    stride_x0, stride_x1, stride_xm, stride_xn,
+    IN_PLACE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """out = factor · x, one program for BLOCK_M rows; over at once where that is nothing to do."""
+    r0, r1, first = _locate(R1, M, BLOCK_M)
+    m = first + tl.arange(0, BLOCK_M)
+    f = tl.load(factor + r0 * stride_f0 + r1 * stride_f1 + m * stride_fm, mask=m < M, other=1.0).to(tl.float32)
+    columns = N
+    if IN_PLACE:
+        columns = tl.where(tl.min((f == 1.0).to(tl.int32), 0) == 1, 0, N)
+    out += r0 * stride_out0 + r1 * stride_out1
+    x += r0 * stride_x0 + r1 * stride_x1
+    for start in range(0, columns, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        value = load_rows(x, m, n, stride_xm, stride_xn, inside(m, n, M, N)) * f[:, None]
+        store_rows(out, value, m, n, stride_outm, stride_outn, M, N)
+
+
+def _config(N: int, M: int, class_inside: bool, arch: str) -> RowConfig:
+    """As for softmax; a row of many tiles has a program of 1024 threads for itself, so that one is in flight per SM."""
+    config = row_config(N, TILES, arch, rows=M, contiguous_rows=class_inside)
+    if N > config.BLOCK_N and config.rows_per_program == 1:
+        return RowConfig(config.BLOCK_N, 1, 1024 // warp_size(arch))
+    return config
+
+
+class _Rows:
+    """How a kernel runs over the rows of tensors that have one shape, x the first; classes are dimension `dim`."""
+
+    def __init__(self, tensors: Sequence[Tensor], dim: int):
+        shape, strides = tensors[0].shape, [t.stride() for t in tensors]
+        dims = [d for d in range(len(shape)) if d != dim]
+        dims.sort(key=lambda d: strides[0][d], reverse=True)
+        merged = merge_dimensions(dims, shape, strides)
+        self.mergeable = len(merged) <= 3
+        if not self.mergeable:
+            return
+        merged = [(1, (0,) * len(strides))] * (3 - len(merged)) + merged
+        R0, self.R1, self.M = (size for size, _ in merged)
+        self.N = shape[dim]
+        self.steps = tuple((*(step[i] for _, step in merged), s[dim]) for i, s in enumerate(strides))
+        class_inside = self.steps[0][2] == 1 and self.steps[0][3] != 1
+        config = _config(self.N, self.M, class_inside, arch_of(tensors[0].device))
+        self.grid = (R0 * self.R1 * triton.cdiv(self.M, config.rows_per_program),)
+        self.tile = {
+            "BLOCK_M": config.rows_per_program, "BLOCK_N": config.BLOCK_N, "num_warps": config.num_warps,
+        }  # fmt: skip
+
+
+def _over_classes(t: Tensor, logits: Tensor, dim: int) -> Tensor:
+    """A tensor of rows (N, …), or of nothing, as one of the logits' shape."""
+    return (t.unsqueeze(dim) if t.dim() else t).expand(logits.shape)
+
+
+def _flags(spec: CrossEntropySpec) -> dict[str, Any]:
+    return {
+        "PROBABILITIES": spec.probabilities, "SMOOTHED": spec.label_smoothing > 0.0, "Z_LOSS": spec.z_loss != 0.0,
+        "SOFTCAP": spec.softcap is not None,
+    }  # fmt: skip
+
+
+def _options(spec: CrossEntropySpec) -> tuple:
+    return spec.ignore_index, spec.label_smoothing, spec.z_loss, 1.0 if spec.softcap is None else spec.softcap
+
+
+def _programs(P: int) -> tuple[int, int]:
+    """How many programs add up P values, and how many blocks each."""
+    blocks = triton.cdiv(P, SUM_BLOCK)
+    rounds = max(SUM_ROUNDS, triton.cdiv(blocks, MOST_SUMS))
+    return triton.cdiv(blocks, rounds), min(rounds, max(blocks, 1))
+
+
+def add_up(out: Tensor, values: Tensor, divisor: Tensor | None = None) -> None:
+    """out = Σ values, fp32 and contiguous, in fixed order."""
+    programs, rounds = _programs(values.numel())
+    if programs > 1:
+        partial = values.new_empty(programs)
+        _sum_kernel[(programs,)](partial, values, None, values.numel(), rounds, SUM_BLOCK)
+        return add_up(out, partial, divisor)
+    _sum_kernel[(1,)](out, values, divisor, values.numel(), rounds, SUM_BLOCK)
+
+
+def fill_divisor(divisor: Tensor, target: Tensor, weight: Tensor | None, N: int, spec: CrossEntropySpec) -> None:
+    """divisor (1,): Σ w_t over the rows that count; the number of rows if targets are probabilities."""
+    if spec.probabilities:
+        divisor.fill_(target.numel() // max(N, 1))
+        return
+    target = target.contiguous()
+    programs, rounds = _programs(target.numel())
+    out = divisor if programs <= 1 else divisor.new_empty(programs)
+    _count_kernel[(max(programs, 1),)](
+        out, target, weight, spec.ignore_index, target.numel(), N, rounds, _stride(weight), SUM_BLOCK
+    )
+    if programs > 1:
+        add_up(divisor, out)
+
+
+def _stride(weight: Tensor | None) -> int:
+    return 0 if weight is None else weight.stride(0)
+
+
+def launch_forward(
+    loss: Tensor,
+    row_max: Tensor | None,
+    log_sum: Tensor | None,
+    divisor: Tensor | None,
+    dlogits: Tensor | None,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    spec: CrossEntropySpec,
+) -> None:
+    """Fills loss and what there is of the others from logits, classes in dimension 1 of several or the only one."""
+    dim = min(1, logits.dim() - 1)
+    N = logits.shape[dim]
+    rows = (*logits.shape[:dim], *logits.shape[dim + 1 :])
+    if spec.divides:
+        divisor = logits.new_empty(1, dtype=torch.float32) if divisor is None else divisor
+        fill_divisor(divisor, target, weight, N, spec)
+    losses = loss if spec.reduction == "none" else logits.new_empty(rows, dtype=torch.float32)
+    if losses.numel():
+        _launch_rows(losses, row_max, log_sum, divisor if spec.divides else None, dlogits, logits, target, weight, spec)
+    if spec.reduction != "none":
+        add_up(loss, losses, divisor if spec.divides else None)
+
+
+def _launch_rows(losses, row_max, log_sum, divisor, dlogits, logits, target, weight, spec: CrossEntropySpec) -> None:
+    dim = min(1, logits.dim() - 1)
+    classes = target if spec.probabilities else _over_classes(target, logits, dim)
+    rows = _Rows((logits, logits if dlogits is None else dlogits, classes, _over_classes(losses, logits, dim)), dim)
+    if not rows.mergeable:
+        # Five dimensions or more, through which the tensors run in different orders: rare enough to be copied.
+        dense = None if dlogits is None else torch.empty_like(logits, memory_format=torch.contiguous_format)
+        target = target.contiguous()
+        _launch_rows(losses, row_max, log_sum, divisor, dense, logits.contiguous(), target, weight, spec)
+        if dlogits is not None:
+            dlogits.copy_(dense)
+        return
+    x, dx, t, row = rows.steps
+    _forward_kernel[rows.grid](
+        losses, row_max, log_sum, dlogits, logits, target, weight, divisor,
+        *_options(spec), rows.R1, rows.M, rows.N, *row[:3], *dx, *x, *t, _stride(weight),
+        **_flags(spec), **rows.tile, ONE_TILE=rows.N <= rows.tile["BLOCK_N"],
+    )  # fmt: skip
+
+
+def launch_backward(
+    dlogits: Tensor,
+    dloss: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    row_max: Tensor,
+    log_sum: Tensor,
+    divisor: Tensor,
+    spec: CrossEntropySpec,
+) -> None:
+    """Fills dlogits from what `launch_forward` filled; dloss has the shape of the rows, or none."""
+    if logits.numel() == 0:
+        return
+    dim = min(1, logits.dim() - 1)
+    classes = target if spec.probabilities else _over_classes(target, logits, dim)
+    expanded = (_over_classes(t, logits, dim) for t in (row_max, dloss))
+    rows = _Rows((logits, dlogits, classes, *expanded), dim)
+    if not rows.mergeable:
+        dense = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        dloss, target = dloss.contiguous(), target.contiguous()
+        launch_backward(dense, dloss, logits.contiguous(), target, weight, row_max, log_sum, divisor, spec)
+        dlogits.copy_(dense)
+        return
+    x, dx, t, row, dl = rows.steps
+    _backward_kernel[rows.grid](
+        dlogits, dloss, row_max, log_sum, logits, target, weight, divisor if spec.divides else None,
+        *_options(spec), rows.R1, rows.M, rows.N, *row[:3], *dl[:3], *dx, *x, *t, _stride(weight),
+        **_flags(spec), **rows.tile,
+    )  # fmt: skip
+
+
+def launch_scale(out: Tensor, x: Tensor, factor: Tensor, dim: int) -> None:
+    """out = factor · x, factor of the shape of x without `dim`, or of none; out may be x."""
+    if x.numel() == 0:
+        return
+    rows = _Rows((x, out, _over_classes(factor, x, dim)), dim)
+    if not rows.mergeable:
+        out.copy_(x.float() * _over_classes(factor, x, dim))
+        return
+    at, to, row = rows.steps
+    _scale_kernel[rows.grid](
+        out, x, factor, rows.R1, rows.M, rows.N, *row[:3], *to, *at, IN_PLACE=out is x, **rows.tile
+    )

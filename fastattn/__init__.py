@@ -7,6 +7,7 @@ model = fastattn.nn.TransformerEncoderLayer(512, 8)   # torch.nn's arguments, st
 from fastattn import autograd, errors, functional, nn
 from fastattn.functional import (
     attention,
+    cross_entropy,
     explain,
     layer_norm,
     log_softmax,
@@ -21,6 +22,7 @@ __version__ = "0.1.0"
 __all__ = [
     "attention",
     "autograd",
+    "cross_entropy",
     "errors",
     "explain",
     "functional",

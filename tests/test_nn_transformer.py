@@ -26,7 +26,7 @@ from module_parity import (
     sequences,
     stack,
 )
-from torch import nn
+from torch import Tensor, nn
 
 import fastattn.nn as ours
 from fastattn.nn import attention as attention_module
@@ -260,3 +260,71 @@ def test_evaluation_of_attention_runs_our_kernel(calls):
         mha(x, x, x)
         mha(x, x, x, need_weights=False)
     assert len(calls) == 2
+
+
+LAYERS = pytest.mark.parametrize("kind", ["TransformerEncoderLayer", "TransformerDecoderLayer"])
+NORM_FIRST = pytest.mark.parametrize("norm_first", [False, True], ids=["post_norm", "pre_norm"])
+
+
+def layer_and_inputs(kind: str, device: torch.device, **options) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    torch.manual_seed(0)
+    layer = getattr(ours, kind)(16, 2, 32, batch_first=True, device=device, **options)
+    x = torch.randn(2, 5, 16, device=device)
+    return layer, (x,) if "Encoder" in kind else (x, torch.randn(2, 7, 16, device=device))
+
+
+@LAYERS
+@NORM_FIRST
+@pytest.mark.parametrize("training", [False, True])
+def test_sums_and_dropout_are_fused_with_the_norms(kind, norm_first, training, device, monkeypatch):
+    """Every residual sum that a norm of the layer follows, and its dropout, are one kernel."""
+    from fastattn.backends import triton
+
+    calls = []
+    forward = triton.norm_forward
+    monkeypatch.setattr(triton, "norm_forward", lambda *args: calls.append(args[-1]) or forward(*args))
+    layer, inputs = layer_and_inputs(kind, device, dropout=0.25, norm_first=norm_first)
+    layer.train(training)(*inputs)
+    branches = 2 if "Encoder" in kind else 3
+    fused = [spec for spec in calls if spec.residual]
+    assert len(fused) == branches - norm_first
+    assert len(calls) == branches
+    assert all(spec.dropout_p == (0.25 if training else 0.0) for spec in fused)
+
+
+@LAYERS
+@NORM_FIRST
+def test_layers_call_what_a_user_has_replaced(kind, norm_first, device):
+    """Hooks on dropouts and norms, norms of another kind, and overridden blocks have their say."""
+    layer, inputs = layer_and_inputs(kind, device, dropout=0.25, norm_first=norm_first)
+    plain = layer.eval()(*inputs)
+    seen = []
+    for name, child in layer.named_children():
+        if name.startswith(("norm", "dropout")) and name != "dropout":
+            child.register_forward_hook(lambda module, args, output, name=name: seen.append(name))
+    hooked = layer(*inputs)
+    torch.testing.assert_close(hooked, plain)
+    assert sorted(seen) == sorted(name for name, _ in layer.named_children() if name[-1] in "123" and name[0] in "dn")
+
+    layer, _ = layer_and_inputs(kind, device, dropout=0.0, norm_first=norm_first)
+    layer.norm2 = nn.Identity()
+    torch.testing.assert_close(layer(*inputs), as_torch(layer, kind)(*inputs))
+
+    class Silent(type(layer)):
+        def _ff_block(self, x):
+            return torch.zeros_like(x)
+
+    layer.__class__ = Silent
+    feed_forward_is_gone = layer(*inputs)
+    layer.linear2.weight.data.zero_()
+    layer.linear2.bias.data.zero_()
+    layer.__class__ = getattr(ours, kind)
+    torch.testing.assert_close(layer(*inputs), feed_forward_is_gone)
+
+
+def as_torch(layer: nn.Module, kind: str) -> nn.Module:
+    """The same layer with the forward of torch's class, over our children."""
+    theirs = getattr(nn, kind)(16, 2, 32, batch_first=True, dropout=0.0, norm_first=layer.norm_first)
+    theirs.norm2 = nn.Identity()
+    theirs.load_state_dict(layer.state_dict())
+    return theirs.to(next(layer.parameters()).device)

@@ -28,7 +28,9 @@ pytestmark = [
 
 MODULES = (
     nn.LayerNorm,
+    nn.LogSoftmax,
     nn.MultiheadAttention,
+    nn.RMSNorm,
     nn.Softmax,
     nn.Transformer,
     nn.TransformerDecoderLayer,
@@ -110,6 +112,7 @@ FUNCTIONS = {
     "softmax": (torch.softmax, fastattn.functional.softmax),
     "log_softmax": (torch.log_softmax, fastattn.functional.log_softmax),
     "nn.functional.layer_norm": (F.layer_norm, fastattn.functional.layer_norm),
+    "nn.functional.rms_norm": (F.rms_norm, fastattn.functional.rms_norm),
     "nn.functional.scaled_dot_product_attention": (
         F.scaled_dot_product_attention,
         fastattn.functional.scaled_dot_product_attention,
@@ -121,6 +124,7 @@ REFUSED = {
     ("softmax", "with_dtype", "dtype"): (TypeError, "unexpected keyword argument 'dtype'"),  # convert x beforehand
     ("log_softmax", "with_dtype", "dtype"): (TypeError, "unexpected keyword argument 'dtype'"),
     ("nn.functional.layer_norm", "", "negative eps"): (ArgumentError, "`eps` is -0.5; it must be 0 or more"),
+    ("nn.functional.rms_norm", "", "negative eps"): (ArgumentError, "`eps` is -0.5; it must be 0 or more"),
 }
 
 
@@ -128,7 +132,7 @@ def mark_of(sample) -> str | None:
     """What may set a sample apart: a keyword that ours has not, or a value that it refuses."""
     if "dtype" in sample.kwargs:
         return "dtype"
-    return "negative eps" if sample.kwargs.get("eps", 0) < 0 else None
+    return "negative eps" if (sample.kwargs.get("eps") or 0) < 0 else None
 
 
 def function_pairs(name: str, dtype: torch.dtype, device: str = "cpu") -> Iterator:

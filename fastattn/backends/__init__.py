@@ -15,9 +15,9 @@ import torch
 
 from fastattn.backends import eager, reference, triton
 from fastattn.errors import ArgumentError, ArgumentTypeError, UnsupportedError, kind
-from fastattn.spec import AttentionSpec, ElementwiseSpec, NormSpec, SoftmaxSpec
+from fastattn.spec import AttentionSpec, CrossEntropySpec, ElementwiseSpec, NormSpec, SoftmaxSpec
 
-Spec: TypeAlias = AttentionSpec | NormSpec | SoftmaxSpec | ElementwiseSpec
+Spec: TypeAlias = AttentionSpec | NormSpec | SoftmaxSpec | ElementwiseSpec | CrossEntropySpec
 
 _BACKENDS: dict[str, ModuleType] = {backend.NAME: backend for backend in (triton, eager, reference)}
 ORDER: tuple[str, ...] = tuple(_BACKENDS)
@@ -30,6 +30,11 @@ def get(name: str) -> ModuleType:
     if name not in ORDER:
         raise ArgumentError(f"`backend` is {name!r}; it must be None or one of {', '.join(ORDER)}.")
     return _BACKENDS[name]
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether fused kernels run there. Elsewhere keyed dropout costs many operations, and torch's own is the faster."""
+    return any(not backend.COMPOSITE and backend.available(device) is None for backend in _BACKENDS.values())
 
 
 def unsupported(name: str, spec: Spec, device: torch.device) -> str | None:

@@ -18,6 +18,7 @@ from fastattn.reference.attention import visible_keys
 from fastattn.spec import (
     AttentionInputs,
     AttentionSpec,
+    CrossEntropySpec,
     DropoutAddSpec,
     ElementwiseSpec,
     GatedSpec,
@@ -39,11 +40,11 @@ def available(device: torch.device) -> str | None:
     return None
 
 
-def unsupported(spec: AttentionSpec | NormSpec | SoftmaxSpec | ElementwiseSpec, device: torch.device) -> str | None:
+def unsupported(spec: AttentionSpec | NormSpec | SoftmaxSpec | ElementwiseSpec | CrossEntropySpec, device: torch.device) -> str | None:
     return None
 
 
-def describe(spec: AttentionSpec | NormSpec | SoftmaxSpec | ElementwiseSpec, device: torch.device) -> str:
+def describe(spec: AttentionSpec | NormSpec | SoftmaxSpec | ElementwiseSpec | CrossEntropySpec, device: torch.device) -> str:
     if isinstance(spec, AttentionSpec):
         if feature := _beyond_sdpa(spec, device):
             return f"reference operations: torch's scaled_dot_product_attention has no {feature}"
@@ -56,6 +57,12 @@ def describe(spec: AttentionSpec | NormSpec | SoftmaxSpec | ElementwiseSpec, dev
             )
         condition = "bias has q's dtype and lse is not wanted" if spec.bias else "lse is not wanted"
         return f"torch scaled_dot_product_attention where {condition}, else reference operations"
+    if isinstance(spec, CrossEntropySpec):
+        return (
+            "torch cross_entropy"
+            if _plain_cross_entropy(spec)
+            else "reference operations: torch's cross_entropy has no z_loss, no softcap and one dtype"
+        )
     if isinstance(spec, SoftmaxSpec):
         return (
             "torch softmax"
@@ -175,3 +182,18 @@ def rotary(
     spec: RotarySpec,
 ) -> tuple[Tensor, ...]:
     return reference.rotary(x, cos, sin, position_ids, cu_seqlens, spec)
+
+
+def _plain_cross_entropy(spec: CrossEntropySpec) -> bool:
+    weighted = spec.weight_dtype in (None, spec.dtype) or spec.probabilities
+    return spec.z_loss == 0.0 and spec.softcap is None and weighted
+
+
+def cross_entropy(logits: Tensor, target: Tensor, weight: Tensor | None, spec: CrossEntropySpec) -> Tensor:
+    if not _plain_cross_entropy(spec):
+        return reference.cross_entropy(logits, target, weight, spec)
+    loss = torch.nn.functional.cross_entropy(
+        logits, target if spec.probabilities else target.long(), weight, ignore_index=spec.ignore_index,
+        reduction=spec.reduction, label_smoothing=spec.label_smoothing,
+    )  # fmt: skip
+    return loss.to(spec.loss_dtype)

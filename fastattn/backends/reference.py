@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastattn.reference.attention import attention as _attention
 from fastattn.reference.attention import padded_attention
+from fastattn.reference.cross_entropy import cross_entropy as _cross_entropy
 from fastattn.reference.gated import gated as _gated
 from fastattn.reference.dropout import row_dropout
 from fastattn.reference.norm import add_residual as _add_residual
@@ -23,6 +24,7 @@ from fastattn.reference.softmax import softmax_tangent as _softmax_tangent
 from fastattn.spec import (
     AttentionInputs,
     AttentionSpec,
+    CrossEntropySpec,
     DropoutAddSpec,
     ElementwiseSpec,
     GatedSpec,
@@ -39,11 +41,11 @@ def available(device: torch.device) -> str | None:
     return None
 
 
-def unsupported(spec: AttentionSpec | NormSpec | SoftmaxSpec | ElementwiseSpec, device: torch.device) -> str | None:
+def unsupported(spec: AttentionSpec | NormSpec | SoftmaxSpec | ElementwiseSpec | CrossEntropySpec, device: torch.device) -> str | None:
     return None
 
 
-def describe(spec: AttentionSpec | NormSpec | SoftmaxSpec | ElementwiseSpec, device: torch.device) -> str:
+def describe(spec: AttentionSpec | NormSpec | SoftmaxSpec | ElementwiseSpec | CrossEntropySpec, device: torch.device) -> str:
     return "plain torch operations, unfused"
 
 
@@ -139,3 +141,9 @@ def rotary(
     if turned is None:
         return rotated
     return tuple(torch.where(turned[:, None, None], y, t) for y, t in zip(rotated, x, strict=True))
+
+
+def cross_entropy(logits: Tensor, target: Tensor, weight: Tensor | None, spec: CrossEntropySpec) -> Tensor:
+    names = ("ignore_index", "reduction", "label_smoothing", "z_loss", "softcap", "loss_dtype")
+    with torch.autocast(logits.device.type, enabled=False) if torch._C._is_any_autocast_enabled() else nullcontext():
+        return _cross_entropy(logits, target, weight, **{name: getattr(spec, name) for name in names})

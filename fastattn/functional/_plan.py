@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastattn.backends import has_kernels as has_kernels
 from fastattn.errors import ArgumentTypeError
 
 _PLANS = 4096  # checked calls that are remembered, by shapes, dtypes and options

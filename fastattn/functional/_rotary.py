@@ -72,16 +72,16 @@ def rotary_embedding(
             table is refused where it is seen, on a CPU; on a GPU its token becomes NaN.
         cu_seqlens: (B + 1,) int32, rising from 0, of packed x: positions restart where sequence b begins, at
             cu_seqlens[b]. Tokens after the last sequence are not rotated. Values are checked on a CPU only.
-        inplace: write over x, which is returned. It must not overlap itself. Also where gradients are wanted, nothing of
-            x being kept; there a view, and under transforms and compilers any x, is written over by a copy of the result.
+        inplace: write over x, which is returned and must not overlap itself; nothing of x is kept for gradients. A view
+            that gets one, and under transforms and compilers any x, is written over by a copy of the result.
         backend: one of "triton", "eager", "reference", which then never falls back; None: the first that can.
 
     Returns:
         y, or a pair of these: shape and dtype of x, under autocast too. The gradient of x is the inverse rotation of
         y's. cos and sin have none.
 
-    Memory moved: x is read and y written once, in place only the R rotated elements of a head; cos and sin are read once
-    for four heads. The backward moves the same.
+    Memory moved: x is read and y written once, in place only the R rotated elements of a head; cos and sin are read
+    once for four heads. The backward moves the same.
 
     Raises:
         ArgumentTypeError, ArgumentError: an argument of the wrong type, dtype, shape, device or value.
@@ -211,7 +211,7 @@ def _check_pair(q, k) -> None:
 
 
 def _check_tables(name: str, q, cos, sin, B: int, S: int, positions: bool) -> None:
-    """cos and sin against (B, H, S, D) or packed tokens; `positions`: rows are chosen by positions other than 0 to S."""
+    """cos and sin against (B, H, S, D) or packed tokens; `positions`: rows are chosen by other ones than 0 to S."""
     for table, (_, dtype, device) in (("cos", cos), ("sin", sin)):
         check.check_float_dtype(FN, table, dtype)
         check.check_same_device(FN, table, device, name, q[2])
@@ -224,7 +224,8 @@ def _check_tables(name: str, q, cos, sin, B: int, S: int, positions: bool) -> No
     R, D = 2 * shape[-1], q[0][-1]
     if not 0 < R <= D:
         raise ArgumentError(
-            f"{FN}: `cos` has {shape[-1]} columns, for R = {R} rotated elements; R must be 2 to D = {D}, that of `{name}`."
+            f"{FN}: `cos` has {shape[-1]} columns, for R = {R} rotated elements of a head; "
+            f"R must be 2 to D = {D}, the width of `{name}`."
         )
     if len(shape) == 3 and (shape[0] not in (1, B) or shape[1] != S):
         raise ArgumentError(

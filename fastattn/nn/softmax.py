@@ -1,4 +1,4 @@
-"""Softmax as a module."""
+"""Softmax and its logarithm as modules."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import warnings
 
 from torch import Tensor, nn
 
-from fastattn.functional import softmax
+from fastattn.functional import log_softmax, softmax
 
 
 class Softmax(nn.Softmax):
@@ -31,12 +31,40 @@ class Softmax(nn.Softmax):
     """
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name, callers pass it by keyword
-        dim = self.dim
-        if dim is None:
-            dim = 0 if input.dim() in (0, 1, 3) else 1
-            warnings.warn(
-                f"Softmax was built without dim, and dim={dim} was chosen for a {input.dim()}-D input; "
-                "pass dim, the choice is deprecated in torch.",
-                stacklevel=4,  # past Module.__call__, to the caller's line
-            )
-        return softmax(input, dim)
+        return softmax(input, _dim(self, input))
+
+
+class LogSoftmax(nn.LogSoftmax):
+    """The logarithm of `Softmax`; a drop-in for `torch.nn.LogSoftmax`.
+
+    ``y_i = x_i − log Σ_j exp(x_j)`` along ``dim``.
+
+    Args:
+        dim: as of `Softmax`.
+
+    Returns of a call: ``module(x)``, x floating-point of any shape, is a tensor of x's shape and dtype.
+
+    Raises:
+        ArgumentError: a call whose x has no dimension ``dim``.
+
+    Source: torch.nn.LogSoftmax.
+
+    >>> LogSoftmax(dim=-1)(torch.zeros(1, 2))
+    tensor([[-0.6931, -0.6931]])
+    """
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name, callers pass it by keyword
+        return log_softmax(input, _dim(self, input))
+
+
+def _dim(module: Softmax | LogSoftmax, x: Tensor) -> int:
+    """The module's dim, or the one that torch picks for x."""
+    if module.dim is not None:
+        return module.dim
+    dim = 0 if x.dim() in (0, 1, 3) else 1
+    warnings.warn(
+        f"{type(module).__name__} was built without dim, and dim={dim} was chosen for a {x.dim()}-D input; "
+        "pass dim, the choice is deprecated in torch.",
+        stacklevel=5,  # past Module.__call__, to the caller's line
+    )
+    return dim

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastattn.functional._plan import has_kernels
 from fastattn.nn.attention import MultiheadAttention
-from fastattn.nn.norm import LayerNorm
+from fastattn.nn.norm import LayerNorm, RMSNorm
 
 Activation: TypeAlias = str | Callable[[Tensor], Tensor]
 Device: TypeAlias = torch.device | str | None
 
+_LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 _DROP_INS = {nn.MultiheadAttention: MultiheadAttention, nn.LayerNorm: LayerNorm}
 
 
@@ -97,12 +99,15 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         is_causal: bool = False,
     ) -> Tensor:
         # torch's forward turns bool masks into floating-point ones; here they stay bool all the way to the kernel.
+        mask = {"attn_mask": src_mask, "key_padding_mask": src_key_padding_mask, "is_causal": is_causal}
+        attend, feed = _self_attention(self, mask), _feed_forward(self, self.dropout2)
         x = src
         if self.norm_first:
-            x = x + self._sa_block(self.norm1(x), src_mask, src_key_padding_mask, is_causal)
-            return x + self._ff_block(self.norm2(x))
-        x = self.norm1(x + self._sa_block(x, src_mask, src_key_padding_mask, is_causal))
-        return self.norm2(x + self._ff_block(x))
+            y, x = _add_norm(x, attend(self.norm1(x)), self.norm2)
+            return _add(x, feed(y))
+        x, _ = _add_norm(x, attend(x), self.norm1)
+        x, _ = _add_norm(x, feed(x), self.norm2)
+        return x
 
 
 class TransformerDecoderLayer(nn.TransformerDecoderLayer):
@@ -162,6 +167,31 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
             dtype,
         )
         _adopt_children(self)
+
+    def forward(
+        self,
+        tgt: Tensor,
+        memory: Tensor,
+        tgt_mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        tgt_key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        tgt_is_causal: bool = False,
+        memory_is_causal: bool = False,
+    ) -> Tensor:
+        own = {"attn_mask": tgt_mask, "key_padding_mask": tgt_key_padding_mask, "is_causal": tgt_is_causal}
+        cross = {"attn_mask": memory_mask, "key_padding_mask": memory_key_padding_mask, "is_causal": memory_is_causal}
+        attend, attend_memory = _self_attention(self, own), _cross_attention(self, memory, cross)
+        feed = _feed_forward(self, self.dropout3)
+        x = tgt
+        if self.norm_first:
+            y, x = _add_norm(x, attend(self.norm1(x)), self.norm2)
+            y, x = _add_norm(x, attend_memory(y), self.norm3)
+            return _add(x, feed(y))
+        x, _ = _add_norm(x, attend(x), self.norm1)
+        x, _ = _add_norm(x, attend_memory(x), self.norm2)
+        x, _ = _add_norm(x, feed(x), self.norm3)
+        return x
 
 
 class TransformerEncoder(nn.TransformerEncoder):
@@ -336,6 +366,68 @@ def _adopt_children(layer: nn.Module) -> None:
     for child in layer.children():
         if drop_in := _DROP_INS.get(type(child)):
             child.__class__ = drop_in
+
+
+# A branch of a layer and the dropout that is still to be applied to it, None where it has been.
+Branch: TypeAlias = tuple[Tensor, nn.Dropout | None]
+
+
+def _keeps(layer: nn.Module, block: str) -> bool:
+    """Whether `block`, a method that torch's layers call, is torch's still; a subclass may have its own."""
+    return any(getattr(type(layer), block) is getattr(base, block) for base in _LAYERS if isinstance(layer, base))
+
+
+def _self_attention(layer: Any, mask: dict[str, Any]) -> Callable[[Tensor], Branch]:
+    if not _keeps(layer, "_sa_block"):
+        return lambda x: (layer._sa_block(x, *mask.values()), None)
+    return lambda x: (layer.self_attn(x, x, x, need_weights=False, **mask)[0], layer.dropout1)
+
+
+def _cross_attention(layer: Any, memory: Tensor, mask: dict[str, Any]) -> Callable[[Tensor], Branch]:
+    if not _keeps(layer, "_mha_block"):
+        return lambda x: (layer._mha_block(x, memory, *mask.values()), None)
+    return lambda x: (layer.multihead_attn(x, memory, memory, need_weights=False, **mask)[0], layer.dropout2)
+
+
+def _feed_forward(layer: Any, dropout: nn.Dropout) -> Callable[[Tensor], Branch]:
+    if not _keeps(layer, "_ff_block"):
+        return lambda x: (layer._ff_block(x), None)
+    return lambda x: (layer.linear2(layer.dropout(layer.activation(layer.linear1(x)))), dropout)
+
+
+def _is_itself(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
+    """Whether a call of the module is its forward and nothing more: no subclass, and no hooks."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return type(module) in kinds and not hooks
+
+
+def _to_fuse(x: Tensor, branch: Branch) -> tuple[Tensor, float]:
+    """The branch and the dropout left to a kernel: that of a plain nn.Dropout, where there are kernels."""
+    y, dropout = branch
+    if dropout is None:
+        return y, 0.0
+    if not _is_itself(dropout, (nn.Dropout,)) or dropout.inplace or not has_kernels(x.device):
+        return dropout(y), 0.0
+    return y, dropout.p if dropout.training else 0.0
+
+
+def _add(x: Tensor, branch: Branch) -> Tensor:
+    """x + dropout(branch)."""
+    y, dropout_p = _to_fuse(x, branch)
+    return x + F.dropout(y, dropout_p) if dropout_p else x + y
+
+
+def _add_norm(x: Tensor, branch: Branch, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """norm(h) and h = x + dropout(branch), in one kernel if the norm is ours and the types are those of torch's."""
+    # Of two types h has the wider one, and so does torch's y; ours has that of the branch but under autocast.
+    one_type = x.dtype == branch[0].dtype or (
+        x.is_cuda and torch.is_autocast_enabled("cuda") and x.dtype == torch.float32
+    )
+    if _is_itself(norm, (LayerNorm, RMSNorm)) and one_type and not x.is_nested:
+        y, dropout_p = _to_fuse(x, branch)
+        return norm(y, residual=x, dropout_p=dropout_p)
+    h = _add(x, branch)
+    return norm(h), h
 
 
 def _is_causal(mask: Tensor | None) -> bool:

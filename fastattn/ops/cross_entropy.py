@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from fastattn.backends import get
 from fastattn.errors import UnsupportedError
@@ -110,12 +111,15 @@ cross_entropy = Operator(
 
 def _allocate_with_gradient(inputs, spec: CrossEntropySpec):
     logits = inputs[0]
-    return logits if spec.inplace else torch.empty_like(logits), _loss(logits, spec)
+    # In place it is an alias, not the logits themselves: autograd takes no view that a Function with two outputs changes.
+    return logits.detach() if spec.inplace else torch.empty_like(logits), _loss(logits, spec)
 
 
 def _launch_with_gradient(outputs, inputs, spec: CrossEntropySpec, backend: str):
     dlogits, loss = outputs
     get(backend).cross_entropy_forward(loss, None, None, None, dlogits, *inputs, spec)
+    if spec.inplace:
+        increment_version(dlogits)  # which is that of the logits, and of every view
 
 
 def _allocate_scaled(saved, wanted, spec: CrossEntropySpec):

@@ -2,7 +2,7 @@
 
     y1 = x1 cos − x2 sin        y2 = x2 cos + x1 sin
 
-for each pair (x1, x2) of the first R elements of a head, with an angle for each token and pair; the others pass through.
+for each pair (x1, x2) of the first R elements of a head, an angle for each token and pair; the rest passes through.
 """
 
 from __future__ import annotations

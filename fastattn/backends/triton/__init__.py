@@ -17,6 +17,7 @@ from fastattn.errors import UnsupportedError
 from fastattn.spec import (
     AttentionInputs,
     AttentionSpec,
+    CrossEntropySpec,
     DropoutAddSpec,
     ElementwiseSpec,
     GatedSpec,
@@ -59,7 +60,7 @@ def _available(device: torch.device) -> str | None:
     return None
 
 
-def unsupported(spec: AttentionSpec | NormSpec | SoftmaxSpec | ElementwiseSpec, device: torch.device) -> str | None:
+def unsupported(spec: AttentionSpec | NormSpec | SoftmaxSpec | ElementwiseSpec | CrossEntropySpec, device: torch.device) -> str | None:
     if isinstance(spec, AttentionSpec) and spec.fp8:
         if why := _no_fp8(device):
             return why
@@ -67,6 +68,12 @@ def unsupported(spec: AttentionSpec | NormSpec | SoftmaxSpec | ElementwiseSpec, 
         return f"dtype {_name(spec.dtype)} (it has float16, bfloat16 and float32)"
     if isinstance(spec, AttentionSpec):
         return _unsupported_attention(spec, device)
+    if isinstance(spec, CrossEntropySpec):
+        if spec.differentiates is not None:
+            return f"a gradient of {spec.differentiates} (its kernels have that of the logits)"
+        for argument, dtype in (("target", spec.target_dtype), ("weight", spec.weight_dtype)):
+            if dtype is not None and dtype.is_floating_point and dtype not in _DTYPES:
+                return f"{argument} of dtype {_name(dtype)} (it has float16, bfloat16 and float32)"
     if isinstance(spec, NormSpec):
         named = (("weight", spec.weight_dtype), ("bias", spec.bias_dtype), ("residual", spec.residual_dtype))
         for argument, dtype in named:
@@ -111,7 +118,7 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def describe(spec: AttentionSpec | NormSpec | SoftmaxSpec | ElementwiseSpec, device: torch.device) -> str:
+def describe(spec: AttentionSpec | NormSpec | SoftmaxSpec | ElementwiseSpec | CrossEntropySpec, device: torch.device) -> str:
     how = "interpreted" if INTERPRET else "compiled"
     if isinstance(spec, AttentionSpec):
         from fastattn.backends.triton.configs import arch_of, backward_config, forward_config
@@ -265,3 +272,34 @@ def rotary(
 
     with _on(cos):
         launch(pairs, cos, sin, position_ids, cu_seqlens, spec, inverse)
+
+
+def cross_entropy_forward(
+    loss: Tensor,
+    row_max: Tensor | None,
+    log_sum: Tensor | None,
+    divisor: Tensor | None,
+    dlogits: Tensor | None,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    spec: CrossEntropySpec,
+) -> None:
+    from fastattn.backends.triton.cross_entropy import launch_forward
+
+    with _on(logits):
+        launch_forward(loss, row_max, log_sum, divisor, dlogits, logits, target, weight, spec)
+
+
+def cross_entropy_backward(dlogits: Tensor, dloss: Tensor | None, logits: Tensor, *saved) -> None:
+    from fastattn.backends.triton.cross_entropy import launch_backward
+
+    with _on(logits):
+        dlogits.zero_() if dloss is None else launch_backward(dlogits, dloss, logits, *saved)
+
+
+def cross_entropy_scale(out: Tensor, factor: Tensor | None, dlogits: Tensor) -> None:
+    from fastattn.backends.triton.cross_entropy import launch_scale
+
+    with _on(out):
+        out.zero_() if factor is None else launch_scale(out, dlogits, factor, min(1, out.dim() - 1))

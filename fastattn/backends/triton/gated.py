@@ -88,7 +88,7 @@ def _launch(kernel: triton.JITFunction, tensors: tuple[Tensor | None, ...], n_ou
             if out is not None and filled is not out:
                 out.copy_(filled)
         return
-    R0, R1, M, N = grid.sizes
+    _, R1, M, N = grid.sizes
     config = tile_config(M, N, arch_of(present[0].device))
     strides = iter(grid.strides)
     kernel[(grid.programs(config),)](

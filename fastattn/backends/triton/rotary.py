@@ -7,8 +7,8 @@ x, y (B, H, S, D) with any strides, H of q and of k each its own; pairs of the f
 token takes the row of its position, or (B, S, HALF). The arithmetic is fp32.
 
 A position is the token's index, or what position_ids (B, S) says; of packed sequences, (1, H, T, D), the index less
-where the token's sequence begins in cu_seqlens. A position outside of the table gives NaN and reads nothing; tokens after
-the last sequence are not rotated.
+where the token's sequence begins in cu_seqlens. A position outside of the table gives NaN and reads nothing; tokens
+after the last sequence are not rotated.
 
 A program takes BLOCK_S tokens and HEADS heads, of q or of k, and reads cos and sin once for them. Passes: read x, write
 y; in place with R < D only the first R elements.
@@ -175,3 +175,34 @@ def launch(
         HEADS=HEADS, BLOCK_S=config.rows_per_program, BLOCK_R=config.BLOCK_N,
         BLOCK_REST=next_power_of_2(max(D - 2 * half, 1)), num_warps=config.num_warps,
     )  # fmt: skip
+
+
+def inspect_cases(arch: str) -> list[KernelCase]:
+    """The compilations that the ahead-of-time report shows: q and k, transposed views of (B, S, H, D)."""
+    from fastattn.backends.triton.inspection import KernelCase
+
+    cases = []
+    for dtype, D, half in (("bf16", 64, 32), ("bf16", 128, 64), ("fp32", 128, 64), ("bf16", 80, 16)):
+        config = tile_config(1 << 20, half, arch)
+        constexprs: dict[str, object] = {"D": D, "HALF": half, "HEADS": HEADS, "COPY": 2 * half < D, "INVERSE": False}
+        constexprs |= {"BLOCK_S": config.rows_per_program, "BLOCK_R": config.BLOCK_N}
+        constexprs |= {"BLOCK_REST": next_power_of_2(max(D - 2 * half, 1))}
+        constexprs |= {
+            step: 1 for step in _rotary_kernel.arg_names if step.startswith("stride_") and step.endswith("d")
+        }
+        for feature, interleaved, absent in (
+            ("half_split", False, ("position_ids", "cu_seqlens")),
+            ("interleaved", True, ("position_ids", "cu_seqlens")),
+            ("positions", False, ("cu_seqlens",)),
+            ("packed", False, ("position_ids",)),
+        ):
+            values = {**constexprs, "INTERLEAVED": interleaved, **dict.fromkeys(absent)}
+            pointers = dict.fromkeys(("y_q", "x_q", "y_k", "x_k"), f"*{dtype}")
+            pointers |= {"cos": "*fp32", "sin": "*fp32", "position_ids": "*i64", "cu_seqlens": "*i32"}
+            pointers = {name: pointer for name, pointer in pointers.items() if name not in values}
+            scalars = [name for name in _rotary_kernel.arg_names if name not in values and name not in pointers]
+            aligned = (*pointers, *(name for name in scalars if name.startswith("stride_")))
+            signature = pointers | dict.fromkeys(scalars, "i32")
+            name = f"rotary/{feature}/{dtype}/D{D}_R{2 * half}"
+            cases.append(KernelCase(name, _rotary_kernel, signature, values, config.num_warps, 1, aligned))
+    return cases

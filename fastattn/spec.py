@@ -222,3 +222,18 @@ class CrossEntropySpec:
     def divides(self) -> bool:
         """Whether the sum of the rows is divided by their weight."""
         return self.reduction == "mean"
+
+
+@dataclass(frozen=True, slots=True)
+class LinearCrossEntropySpec:
+    """Cross entropy of hidden · weightᵀ + bias, whose logits are never held all at once."""
+
+    loss: CrossEntropySpec
+    chunk_size: int | None = None  # rows of logits held at once; None: as many as the backend finds right
+    gradients: tuple[bool, bool, bool] = (False, False, False)  # of hidden, weight, bias: computed by the forward
+
+    op = "linear_cross_entropy"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.loss.dtype

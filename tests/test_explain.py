@@ -12,13 +12,17 @@ import torch
 import fastattn
 from fastattn import backends
 from fastattn.errors import UnsupportedError
-from fastattn.spec import AttentionSpec, NormSpec, SoftmaxSpec
+from fastattn.spec import AttentionSpec, ElementwiseSpec, NormSpec, SoftmaxSpec
 
 F64 = torch.float64
+ELEMENTWISE = {
+    "triton": ("gated_forward", "dropout_add_forward", "rotary_embedding"),
+    "composite": ("gated", "dropout_add", "rotary_embedding"),
+}
 ENTRIES = {  # what a call enters a backend by
-    "triton": ("attention_forward", "norm_forward", "softmax_forward"),
-    "eager": ("attention", "norm", "softmax"),
-    "reference": ("attention", "norm", "softmax"),
+    "triton": ("attention_forward", "norm_forward", "softmax_forward", *ELEMENTWISE["triton"]),
+    "eager": ("attention", "norm", "softmax", *ELEMENTWISE["composite"]),
+    "reference": ("attention", "norm", "softmax", *ELEMENTWISE["composite"]),
 }
 
 
@@ -70,6 +74,10 @@ def rows(fn: Callable, name: str, why: str = "", dtype=torch.float32, tensors=()
     return Call(name, fn, ((3, 8, 8),), "eager" if why else "triton", why, dtype, options, dict(tensors))
 
 
+def pair(fn: Callable, name: str, why: str = "", dtype=torch.float32) -> Call:
+    return Call(name, fn, ((3, 8), (3, 8)), "eager" if why else "triton", why, dtype)
+
+
 BOOLS, FLOATS = ((5, 5), torch.bool), ((5, 5), torch.float32)
 PER_HEAD = ((4,), torch.float32)
 CALLS = [
@@ -114,6 +122,10 @@ CALLS = [
     rows(fastattn.softmax, "float64", "dtype float64", dtype=F64, dim=0),
     rows(fastattn.log_softmax, "plain", dim=1),
     rows(fastattn.log_softmax, "float64", "dtype float64", dtype=F64),
+    *(pair(fn, "plain") for fn in (fastattn.swiglu, fastattn.geglu, fastattn.dropout_add)),
+    *(pair(fn, "float64", "dtype float64", F64) for fn in (fastattn.swiglu, fastattn.geglu, fastattn.dropout_add)),
+    Call("plain", fastattn.rotary_embedding, ((1, 2, 5, 8), (5, 4), (5, 4))),
+    Call("float64", fastattn.rotary_embedding, ((1, 2, 5, 8), (5, 4), (5, 4)), "eager", "dtype float64", F64),
 ]
 WITH_CHOICE = [call for call in CALLS if call.fn is not fastattn.scaled_dot_product_attention]
 ASKED_FOR = [
@@ -128,7 +140,7 @@ def entered(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
 
     def watch(name: str, entry: Callable) -> Callable:
         def watched(*args, **kwargs):
-            log.extend((name, a) for a in args if isinstance(a, (AttentionSpec, NormSpec, SoftmaxSpec)))
+            log.extend((name, a) for a in args if isinstance(a, (AttentionSpec, NormSpec, SoftmaxSpec, ElementwiseSpec)))
             return entry(*args, **kwargs)
 
         return watched

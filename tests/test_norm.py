@@ -366,3 +366,21 @@ def test_autocast_needs_no_copies(device):
         for name in ("layer_norm", "rms_norm"):
             ours = getattr(fastattn, name)(x, 32, weight, backend="triton")
             assert ours.dtype == getattr(torch.nn.functional, name)(x, (32,), weight).dtype
+
+
+@FUNCTIONS
+def test_heads_are_not_copied(function, device, monkeypatch):
+    """q of a fused projection (B, S, 3, H, D), normalised head by head: the kernels read it where it lies."""
+    from fastattn.backends.triton import norm
+
+    read = []
+    layout = norm.row_layout
+    monkeypatch.setattr(norm, "row_layout", lambda tensors, n: read.append(layout(tensors, n)) or read[-1])
+    (projected,) = make_inputs((2, 10, 3, 4, 16), device=device)
+    for q in (projected[:, :, 0], projected[:, :, 0].transpose(1, 2)):
+        leaf = q.detach().requires_grad_()
+        function(leaf, 16, backend="triton").sum().backward()
+    memory = projected.untyped_storage().data_ptr()
+    assert [rows.tensors[i].untyped_storage().data_ptr() for rows, i in zip(read, (0, 1) * 2, strict=True)] == [
+        memory
+    ] * 4

@@ -15,9 +15,16 @@ import torch
 
 from fastattn.backends import eager, reference, triton
 from fastattn.errors import ArgumentError, ArgumentTypeError, UnsupportedError, kind
-from fastattn.spec import AttentionSpec, CrossEntropySpec, ElementwiseSpec, NormSpec, SoftmaxSpec
+from fastattn.spec import (
+    AttentionSpec,
+    CrossEntropySpec,
+    ElementwiseSpec,
+    LinearCrossEntropySpec,
+    NormSpec,
+    SoftmaxSpec,
+)
 
-Spec: TypeAlias = AttentionSpec | NormSpec | SoftmaxSpec | ElementwiseSpec | CrossEntropySpec
+Spec: TypeAlias = AttentionSpec | NormSpec | SoftmaxSpec | ElementwiseSpec | CrossEntropySpec | LinearCrossEntropySpec
 
 _BACKENDS: dict[str, ModuleType] = {backend.NAME: backend for backend in (triton, eager, reference)}
 ORDER: tuple[str, ...] = tuple(_BACKENDS)

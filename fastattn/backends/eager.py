@@ -22,6 +22,7 @@ from fastattn.spec import (
     DropoutAddSpec,
     ElementwiseSpec,
     GatedSpec,
+    LinearCrossEntropySpec,
     NormSpec,
     RotarySpec,
     SoftmaxSpec,
@@ -40,11 +41,19 @@ def available(device: torch.device) -> str | None:
     return None
 
 
-def unsupported(spec: AttentionSpec | NormSpec | SoftmaxSpec | ElementwiseSpec | CrossEntropySpec, device: torch.device) -> str | None:
+def unsupported(
+    spec: AttentionSpec | NormSpec | SoftmaxSpec | ElementwiseSpec | CrossEntropySpec | LinearCrossEntropySpec,
+    device: torch.device,
+) -> str | None:
     return None
 
 
-def describe(spec: AttentionSpec | NormSpec | SoftmaxSpec | ElementwiseSpec | CrossEntropySpec, device: torch.device) -> str:
+def describe(
+    spec: AttentionSpec | NormSpec | SoftmaxSpec | ElementwiseSpec | CrossEntropySpec | LinearCrossEntropySpec,
+    device: torch.device,
+) -> str:
+    if isinstance(spec, ElementwiseSpec):
+        return "reference operations: torch has no such fused function"
     if isinstance(spec, AttentionSpec):
         if feature := _beyond_sdpa(spec, device):
             return f"reference operations: torch's scaled_dot_product_attention has no {feature}"
@@ -57,6 +66,8 @@ def describe(spec: AttentionSpec | NormSpec | SoftmaxSpec | ElementwiseSpec | Cr
             )
         condition = "bias has q's dtype and lse is not wanted" if spec.bias else "lse is not wanted"
         return f"torch scaled_dot_product_attention where {condition}, else reference operations"
+    if isinstance(spec, LinearCrossEntropySpec):
+        return f"torch linear, then {describe(spec.loss, device)}, with all logits in memory"
     if isinstance(spec, CrossEntropySpec):
         return (
             "torch cross_entropy"
@@ -173,7 +184,7 @@ def gated(gate: Tensor, up: Tensor, spec: GatedSpec) -> Tensor:
     return reference.gated(gate, up, spec)
 
 
-def rotary(
+def rotary_embedding(
     x: Sequence[Tensor],
     cos: Tensor,
     sin: Tensor,
@@ -181,7 +192,7 @@ def rotary(
     cu_seqlens: Tensor | None,
     spec: RotarySpec,
 ) -> tuple[Tensor, ...]:
-    return reference.rotary(x, cos, sin, position_ids, cu_seqlens, spec)
+    return reference.rotary_embedding(x, cos, sin, position_ids, cu_seqlens, spec)
 
 
 def _plain_cross_entropy(spec: CrossEntropySpec) -> bool:
@@ -197,3 +208,18 @@ def cross_entropy(logits: Tensor, target: Tensor, weight: Tensor | None, spec: C
         reduction=spec.reduction, label_smoothing=spec.label_smoothing,
     )  # fmt: skip
     return loss.to(spec.loss_dtype)
+
+
+def dropout_add(residual: Tensor, x: Tensor, seed: Tensor | None, spec: DropoutAddSpec) -> Tensor:
+    return reference.dropout_add(residual, x, seed, spec)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    class_weight: Tensor | None,
+    spec: LinearCrossEntropySpec,
+) -> Tensor:
+    return cross_entropy(torch.nn.functional.linear(hidden, weight, bias), target, class_weight, spec.loss)

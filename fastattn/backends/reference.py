@@ -12,8 +12,8 @@ from torch import Tensor
 from fastattn.reference.attention import attention as _attention
 from fastattn.reference.attention import padded_attention
 from fastattn.reference.cross_entropy import cross_entropy as _cross_entropy
-from fastattn.reference.gated import gated as _gated
 from fastattn.reference.dropout import row_dropout
+from fastattn.reference.gated import gated as _gated
 from fastattn.reference.norm import add_residual as _add_residual
 from fastattn.reference.norm import norm as _norm
 from fastattn.reference.norm import statistics as _norm_statistics
@@ -28,6 +28,7 @@ from fastattn.spec import (
     DropoutAddSpec,
     ElementwiseSpec,
     GatedSpec,
+    LinearCrossEntropySpec,
     NormSpec,
     RotarySpec,
     SoftmaxSpec,
@@ -41,11 +42,17 @@ def available(device: torch.device) -> str | None:
     return None
 
 
-def unsupported(spec: AttentionSpec | NormSpec | SoftmaxSpec | ElementwiseSpec | CrossEntropySpec, device: torch.device) -> str | None:
+def unsupported(
+    spec: AttentionSpec | NormSpec | SoftmaxSpec | ElementwiseSpec | CrossEntropySpec | LinearCrossEntropySpec,
+    device: torch.device,
+) -> str | None:
     return None
 
 
-def describe(spec: AttentionSpec | NormSpec | SoftmaxSpec | ElementwiseSpec | CrossEntropySpec, device: torch.device) -> str:
+def describe(
+    spec: AttentionSpec | NormSpec | SoftmaxSpec | ElementwiseSpec | CrossEntropySpec | LinearCrossEntropySpec,
+    device: torch.device,
+) -> str:
     return "plain torch operations, unfused"
 
 
@@ -118,7 +125,7 @@ def gated(gate: Tensor, up: Tensor, spec: GatedSpec) -> Tensor:
     return _gated(gate, up, spec.activation)
 
 
-def rotary(
+def rotary_embedding(
     x: Sequence[Tensor],
     cos: Tensor,
     sin: Tensor,
@@ -147,3 +154,25 @@ def cross_entropy(logits: Tensor, target: Tensor, weight: Tensor | None, spec: C
     names = ("ignore_index", "reduction", "label_smoothing", "z_loss", "softcap", "loss_dtype")
     with torch.autocast(logits.device.type, enabled=False) if torch._C._is_any_autocast_enabled() else nullcontext():
         return _cross_entropy(logits, target, weight, **{name: getattr(spec, name) for name in names})
+
+
+def dropout_add(residual: Tensor, x: Tensor, seed: Tensor | None, spec: DropoutAddSpec) -> Tensor:
+    return _add_residual(x, residual, seed, spec.dropout_p, 1)
+
+
+def dropout_add_gradient(dy: Tensor, seed: Tensor, spec: DropoutAddSpec) -> Tensor:
+    """dx from dy: what was dropped has no gradient."""
+    return row_dropout(dy.to(torch.promote_types(dy.dtype, torch.float32)), seed, spec.dropout_p).to(spec.x_dtype)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    class_weight: Tensor | None,
+    spec: LinearCrossEntropySpec,
+) -> Tensor:
+    with torch.autocast(hidden.device.type, enabled=False) if torch._C._is_any_autocast_enabled() else nullcontext():
+        logits = torch.nn.functional.linear(hidden, weight, bias)
+    return cross_entropy(logits, target, class_weight, spec.loss)

@@ -52,8 +52,23 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add_causal(softmax)
     softmax.set_defaults(call=softmax_call)
 
+    rotary = functions.add_parser("rotary_embedding", help="rotary position embedding of q and k")
+    rotary.add_argument("--shape", type=int, nargs=4, default=(2, 8, 1024, 64), metavar=("B", "H", "S", "D"))
+    rotary.set_defaults(call=rotary_call)
+
+    pairs = []
+    for name, what in (
+        ("swiglu", "gated activation with silu"),
+        ("geglu", "gated activation with gelu"),
+        ("dropout_add", "dropout and the addition of a residual"),
+    ):
+        function = functions.add_parser(name, help=what)
+        function.add_argument("--shape", type=int, nargs="+", default=(4096, 1024), metavar="SIZE")
+        function.set_defaults(call=pair_call, function=name)
+        pairs.append(function)
+
     gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-    for function in (attention, varlen, layer_norm, rms_norm, softmax):
+    for function in (attention, varlen, layer_norm, rms_norm, softmax, rotary, *pairs):
         function.add_argument("--dtype", choices=DTYPES, default="bfloat16")
         function.add_argument("--device", choices=(*gpus, "cpu"), default=gpus[0] if gpus else "cpu")
         function.add_argument("--backend", choices=backends.ORDER, help="ask for this one, as backend= does")
@@ -127,3 +142,13 @@ def softmax_call(args: argparse.Namespace) -> backends.Explanation:
     return fastattn.explain(
         fastattn.softmax, empty(args, *args.shape), args.dim, causal=args.causal, backend=args.backend
     )
+
+
+def rotary_call(args: argparse.Namespace) -> backends.Explanation:
+    q, angles = empty(args, *args.shape), empty(args, args.shape[2], args.shape[3] // 2)
+    return fastattn.explain(fastattn.rotary_embedding, (q, q), angles, angles, backend=args.backend)
+
+
+def pair_call(args: argparse.Namespace) -> backends.Explanation:
+    x = empty(args, *args.shape)
+    return fastattn.explain(getattr(fastattn, args.function), x, x, backend=args.backend)

@@ -14,10 +14,12 @@ from torch.autograd import forward_ad
 from fastattn import _arguments as check
 from fastattn import backends
 from fastattn.errors import ArgumentError, ArgumentTypeError, kind
-from fastattn.functional._plan import cached, facts
+from fastattn.functional._plan import autocast, cached, facts
 from fastattn.ops.cross_entropy import cross_entropy as cross_entropy_op
 from fastattn.ops.cross_entropy import cross_entropy_with_gradient
-from fastattn.spec import CrossEntropySpec
+from fastattn.ops.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy_op
+from fastattn.ops.linear_cross_entropy import linear_cross_entropy_with_gradient
+from fastattn.spec import CrossEntropySpec, LinearCrossEntropySpec
 from fastattn.tracing import is_plain
 
 REDUCTIONS = ("none", "mean", "sum")
@@ -127,13 +129,15 @@ def check_overwritten(fn: str, logits: Tensor, target: Tensor, weight: Tensor | 
         )
     if any(step == 0 and size > 1 for size, step in zip(logits.shape, logits.stride(), strict=True)):
         raise ArgumentError(
-            f"{fn}: `logits` has strides {tuple(logits.stride())} and overlaps itself; it cannot be written over, leave "
-            "`inplace_backward` at False."
+            f"{fn}: `logits` has strides {tuple(logits.stride())} and overlaps itself; it cannot be written over, "
+            "leave `inplace_backward` at False."
         )
 
 
 @cached
-def _plan(backend, logits, target, weight, options, under_autocast, differentiates) -> tuple[ModuleType, CrossEntropySpec]:
+def _plan(
+    backend, logits, target, weight, options, under_autocast, differentiates
+) -> tuple[ModuleType, CrossEntropySpec]:
     spec = loss_spec("cross_entropy", logits, target, weight, options, under_autocast, differentiates)
     return backends.select(spec, logits[2], backend), spec
 
@@ -159,7 +163,7 @@ def loss_spec(
     probabilities = target[1].is_floating_point
     if not probabilities and target[1] not in CLASS_DTYPES:
         raise ArgumentTypeError(
-            f"{fn}: `target` has dtype {check.dtype_name(target[1])}; it must be int64 or another integer, for classes, "
+            f"{fn}: `target` has dtype {check.dtype_name(target[1])}; it must be an integer one, for classes, "
             "or floating-point, for probabilities."
         )
     expected, what = (tuple(shape), "that of the logits") if probabilities else (rows, "one class per row")
@@ -175,17 +179,22 @@ def loss_spec(
             loss_dtype = torch.promote_types(loss_dtype, weight[1])
     if under_autocast:
         loss_dtype = torch.promote_types(loss_dtype, torch.float32)
-    if V == 0 and any(rows) and not probabilities and rows.count(0) == 0:
+    if V == 0 and not probabilities and 0 not in rows:
         raise ArgumentError(f"{fn}: `logits` has no classes, shape {tuple(shape)}; it must have at least one.")
-    return CrossEntropySpec(dtype, loss_dtype, target[1], None if weight is None else weight[1],
-                            *checked_options(fn, probabilities, *options), differentiates=differentiates)
+    ignore_index, reduction, label_smoothing, z_loss, softcap = checked_options(fn, probabilities, *options)
+    return CrossEntropySpec(
+        dtype, loss_dtype, target[1], None if weight is None else weight[1], ignore_index, reduction, label_smoothing,
+        z_loss, softcap, differentiates=differentiates,
+    )  # fmt: skip
 
 
 def checked_options(fn: str, probabilities: bool, ignore_index, reduction, label_smoothing, z_loss, softcap) -> tuple:
     if not isinstance(ignore_index, (int, torch.SymInt)) or isinstance(ignore_index, bool):
         raise ArgumentTypeError(f"{fn}: `ignore_index` is {kind(ignore_index)}; it must be an int.")
     if probabilities and ignore_index >= 0:
-        raise ArgumentError(f"{fn}: `ignore_index` is {ignore_index}; with probabilities as target it must be negative.")
+        raise ArgumentError(
+            f"{fn}: `ignore_index` is {ignore_index}; with probabilities as target it must be negative."
+        )
     if not isinstance(reduction, str):
         raise ArgumentTypeError(f'{fn}: `reduction` is {kind(reduction)}; it must be "none", "mean" or "sum".')
     if reduction not in REDUCTIONS:
@@ -232,3 +241,140 @@ def check_classes(fn: str, target: Tensor, spec: CrossEntropySpec, V: int, plain
             f"{fn}: `target` holds {target[wrong][0].item()}; it must hold classes from 0 to {V - 1}, "
             f"or ignore_index = {spec.ignore_index}."
         )
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    *,
+    class_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    chunk_size: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """`cross_entropy` of hidden · weightᵀ + bias, without ever holding the N × V logits.
+
+    Args:
+        hidden: (E,) or (…, E), N rows in all, float16, bfloat16, float32 or float64.
+        weight: (V, E), of hidden's dtype.
+        target: (…) classes, or (…, V) probabilities.
+        bias: (V,), of hidden's dtype, or None.
+        class_weight: (V,), what cross_entropy calls weight.
+        ignore_index, reduction, label_smoothing, z_loss, softcap: as of `cross_entropy`.
+        chunk_size: rows of logits held at once. None: as many as fit the larger of 64 MiB and half of weight's bytes,
+            at least 256.
+        backend: one of "triton", "eager", "reference", which then never falls back; None: the first that can. The
+            latter two hold all logits.
+
+    Returns:
+        the loss, () or, for "none", target's shape; hidden's dtype, float32 under autocast, which casts hidden, weight
+        and bias as it does for torch.nn.functional.linear.
+
+        Beyond inputs, loss and gradients it takes memory for one chunk of logits (chunk_size · V elements), 4 V (E + 1)
+        bytes in which half-precision gradients of weight and bias are accumulated if there are several chunks, and 4 N
+        bytes. For "mean" and "sum" the forward computes the gradients, which are kept in place of hidden and logits;
+        for "none" and float16 the backward computes the logits again. Bytes moved, per chunk: hidden, weight once per
+        product (three with gradients), the logits four times, the sum of dweight twice.
+
+    Raises:
+        ArgumentTypeError, ArgumentError: an argument of the wrong type, dtype, shape or device.
+        UnsupportedError: the backend asked for cannot compute it.
+
+    Source: torch.nn.functional.linear_cross_entropy; Hsu et al., "Liger Kernel" (2024).
+
+    Example:
+        >>> linear_cross_entropy(torch.zeros(2, 8), torch.ones(4, 8), torch.tensor([1, 3]))
+        tensor(1.3863)
+    """
+    run, spec, tensors = linear_cross_entropy_plan(
+        hidden, weight, target, bias, class_weight, (ignore_index, reduction, label_smoothing, z_loss, softcap),
+        chunk_size, backend,
+    )  # fmt: skip
+    check_classes("linear_cross_entropy", target, spec.loss, weight.shape[0], is_plain(hidden, weight, target))
+    if run.COMPOSITE:
+        loss = run.linear_cross_entropy(*tensors, spec)
+    elif any(spec.gradients):
+        loss = linear_cross_entropy_with_gradient(tensors, spec, run.NAME)[0]
+    else:
+        loss = linear_cross_entropy_op(tensors, spec, run.NAME)[0]
+    return loss.reshape(hidden.shape[:-1]) if reduction == "none" else loss
+
+
+def linear_cross_entropy_plan(
+    hidden, weight, target, bias, class_weight, options, chunk_size, backend
+) -> tuple[ModuleType, LinearCrossEntropySpec, tuple[Tensor | None, ...]]:
+    """The backend, the spec, and the tensors with one dimension of rows and autocast's dtypes."""
+    fn = "linear_cross_entropy"
+    named = {"hidden": hidden, "weight": weight, "target": target, "bias": bias, "class_weight": class_weight}
+    for name, t in named.items():
+        check.check_tensor(fn, name, t, optional=name in ("bias", "class_weight"))
+    check.check_float_dtype(fn, "hidden", hidden.dtype)
+    check.check_float_dtype(fn, "weight", weight.dtype)
+    under_autocast = is_autocast(hidden.device)
+    hidden, weight = autocast(hidden, weight)
+    bias = None if bias is None else autocast(bias)[0]
+    run, spec = _linear_plan(
+        backend, facts(hidden), facts(weight), facts(target), facts(bias), facts(class_weight), options, chunk_size,
+        under_autocast, differentiated(target=target, class_weight=class_weight),
+    )  # fmt: skip
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    if (
+        torch.is_grad_enabled() and not transformed and not run.COMPOSITE
+        and hidden.dtype != torch.float16 and spec.loss.reduction != "none"
+    ):  # fmt: skip
+        wanted = tuple(t is not None and t.requires_grad for t in (hidden, weight, bias))
+        spec = replace(spec, gradients=wanted)
+    rows = hidden.reshape(-1, hidden.shape[-1]) if hidden.shape[-1] else hidden.new_empty(hidden.shape[:-1].numel(), 0)
+    target = target.reshape(rows.shape[0], weight.shape[0]) if spec.loss.probabilities else target.reshape(-1)
+    return run, spec, (rows, weight, target, bias, class_weight)
+
+
+@cached
+def _linear_plan(backend, hidden, *rest) -> tuple[ModuleType, LinearCrossEntropySpec]:
+    spec = linear_loss_spec(hidden, *rest)
+    return backends.select(spec, hidden[2], backend), spec
+
+
+def linear_loss_spec(
+    hidden, weight, target, bias, class_weight, options, chunk_size, under_autocast, differentiates
+) -> LinearCrossEntropySpec:
+    """Tensors as (shape, dtype, device)."""
+    fn = "linear_cross_entropy"
+    if len(hidden[0]) == 0 or len(weight[0]) != 2 or hidden[0][-1] != weight[0][1]:
+        raise ArgumentError(
+            f"{fn}: `hidden` has shape {tuple(hidden[0])} and `weight` {tuple(weight[0])}; "
+            "they must be (…, E) and (V, E)."
+        )
+    V = weight[0][0]
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is not None:
+            check.check_same_device(fn, name, t[2], "hidden", hidden[2])
+            if t[1] != hidden[1]:
+                raise ArgumentTypeError(
+                    f"{fn}: `{name}` has dtype {check.dtype_name(t[1])} and `hidden` has {check.dtype_name(hidden[1])}"
+                    "; they must be equal."
+                )
+    if bias is not None and tuple(bias[0]) != (V,):
+        raise ArgumentError(f"{fn}: `bias` has shape {tuple(bias[0])}; it must be (V,) = ({V},).")
+    if chunk_size is not None:
+        if not isinstance(chunk_size, int) or isinstance(chunk_size, bool):
+            raise ArgumentTypeError(f"{fn}: `chunk_size` is {kind(chunk_size)}; it must be an int or None.")
+        if chunk_size < 1:
+            raise ArgumentError(f"{fn}: `chunk_size` is {chunk_size}; it must be 1 or more, or None.")
+    # Rows may have any number of dimensions; with the classes last they are those of `loss_spec` as (N, V).
+    lead, N = tuple(hidden[0][:-1]), hidden[0][:-1].numel()
+    probabilities = target[1].is_floating_point
+    expected = (*lead, V) if probabilities else lead
+    if tuple(target[0]) != expected:
+        what = "probabilities of each row" if probabilities else "one class per row"
+        raise ArgumentError(f"{fn}: `target` has shape {tuple(target[0])}; it must be {expected}, {what}.")
+    flat = (torch.Size((N, V) if probabilities else (N,)), *target[1:])
+    logits = (torch.Size((N, V)), *hidden[1:])
+    loss = loss_spec(fn, logits, flat, class_weight, options, under_autocast, differentiates, "class_weight")
+    return LinearCrossEntropySpec(loss, chunk_size)

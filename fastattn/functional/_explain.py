@@ -11,10 +11,24 @@ from fastattn import backends
 from fastattn.backends import Explanation
 from fastattn.errors import ArgumentTypeError, FastattnError, kind
 from fastattn.functional._attention import attention, varlen_attention
+from fastattn.functional._cross_entropy import (
+    check_classes,
+    check_overwritten,
+    cross_entropy,
+    differentiated,
+    is_autocast,
+    linear_cross_entropy,
+    linear_loss_spec,
+    loss_spec,
+)
+from fastattn.functional._dropout_add import dropout_add, dropout_add_arguments, dropout_add_spec
+from fastattn.functional._gated import gated_spec, geglu, swiglu
 from fastattn.functional._norm import check_norm_tensors, layer_norm, norm_out_dtype, rms_norm
 from fastattn.functional._plan import autocast, facts
+from fastattn.functional._rotary import check_rotary_values, rotary_arguments, rotary_embedding, rotary_spec
 from fastattn.functional._sdpa import in_sdpa_names, scaled_dot_product_attention, sdpa_arguments
 from fastattn.functional._softmax import check_softmax_mask, log_softmax, softmax, softmax_overwrites
+from fastattn.tracing import is_plain
 
 
 def explain(fn: Callable, *args: Any, **kwargs: Any) -> Explanation:
@@ -22,7 +36,8 @@ def explain(fn: Callable, *args: Any, **kwargs: Any) -> Explanation:
 
     Args:
         fn: a public function of fastattn (`attention`, `varlen_attention`, `scaled_dot_product_attention`,
-            `layer_norm`, `rms_norm`, `softmax`, `log_softmax`).
+            `layer_norm`, `rms_norm`, `softmax`, `log_softmax`, `rotary_embedding`,
+            `swiglu`, `geglu`, `dropout_add`, `cross_entropy`, `linear_cross_entropy`).
         args, kwargs: what it would be called with.
 
     Returns:
@@ -108,6 +123,65 @@ def _softmax_spec(fn):
     return spec
 
 
+def _gated_spec(fn):
+    def spec(gate, up, backend, approximate="none"):
+        check.check_tensor(fn, "gate", gate)
+        check.check_tensor(fn, "up", up)
+        shapes, dtypes, devices = zip(facts(gate), facts(up), strict=True)
+        return gated_spec(fn, shapes, dtypes, devices, approximate), gate.device
+
+    return spec
+
+
+def _dropout_add_spec(x, residual, dropout_p, inplace, backend):
+    return dropout_add_spec(*dropout_add_arguments(x, residual, dropout_p, inplace)), x.device
+
+
+def _rotary_spec(x, cos, sin, interleaved, position_ids, cu_seqlens, inplace, backend):
+    arguments, q, _ = rotary_arguments(x, cos, sin, interleaved, position_ids, cu_seqlens, inplace)
+    spec = rotary_spec(*arguments)
+    check_rotary_values(q, cos, position_ids, cu_seqlens)
+    return spec, q.device
+
+
+def _cross_entropy_spec(
+    logits, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap, inplace_backward, backend
+):
+    fn = "cross_entropy"
+    for name, t in (("logits", logits), ("target", target), ("weight", weight)):
+        check.check_tensor(fn, name, t, optional=name == "weight")
+    check.check_bool(fn, "inplace_backward", inplace_backward)
+    if inplace_backward:
+        check_overwritten(fn, logits, target, weight)
+    spec = loss_spec(
+        fn, facts(logits), facts(target), facts(weight),
+        (ignore_index, reduction, label_smoothing, z_loss, softcap), is_autocast(logits.device),
+        differentiated(target=target, weight=weight),
+    )  # fmt: skip
+    check_classes(fn, target, spec, logits.shape[min(1, logits.dim() - 1)], is_plain(logits, target, weight))
+    return spec, logits.device
+
+
+def _linear_cross_entropy_spec(
+    hidden, weight, target, bias, class_weight, ignore_index, reduction, label_smoothing, z_loss, softcap, chunk_size,
+    backend,
+):  # fmt: skip
+    fn = "linear_cross_entropy"
+    named = {"hidden": hidden, "weight": weight, "target": target, "bias": bias, "class_weight": class_weight}
+    for name, t in named.items():
+        check.check_tensor(fn, name, t, optional=name in ("bias", "class_weight"))
+    check.check_float_dtype(fn, "hidden", hidden.dtype)
+    check.check_float_dtype(fn, "weight", weight.dtype)
+    cast = [None if t is None else autocast(t)[0] for t in (hidden, weight, bias)]
+    spec = linear_loss_spec(
+        facts(cast[0]), facts(cast[1]), facts(target), facts(cast[2]), facts(class_weight),
+        (ignore_index, reduction, label_smoothing, z_loss, softcap), chunk_size, is_autocast(hidden.device),
+        differentiated(target=target, class_weight=class_weight),
+    )  # fmt: skip
+    check_classes(fn, target, spec.loss, weight.shape[0], is_plain(hidden, weight, target))
+    return spec, hidden.device
+
+
 _SPEC_OF: dict[Callable, Callable] = {
     attention: _attention_spec,
     varlen_attention: _varlen_spec,
@@ -116,4 +190,10 @@ _SPEC_OF: dict[Callable, Callable] = {
     rms_norm: _norm_spec("rms_norm"),
     softmax: _softmax_spec("softmax"),
     log_softmax: _softmax_spec("log_softmax"),
+    swiglu: _gated_spec("swiglu"),
+    geglu: _gated_spec("geglu"),
+    dropout_add: _dropout_add_spec,
+    rotary_embedding: _rotary_spec,
+    cross_entropy: _cross_entropy_spec,
+    linear_cross_entropy: _linear_cross_entropy_spec,
 }

@@ -35,9 +35,12 @@ def _norm_plan(
 def check_norm_tensors(fn: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> None:
     if not isinstance(x, Tensor) or x.layout is not torch.strided:
         check.check_tensor(fn, "x", x)
-    for name, t in (("weight", weight), ("bias", bias), ("residual", residual)):
-        if t is not None and (not isinstance(t, Tensor) or t.layout is not torch.strided):
-            check.check_tensor(fn, name, t, optional=True)
+    if weight is not None and not isinstance(weight, Tensor):
+        check.check_tensor(fn, "weight", weight, optional=True)
+    if bias is not None and not isinstance(bias, Tensor):
+        check.check_tensor(fn, "bias", bias, optional=True)
+    if residual is not None and (not isinstance(residual, Tensor) or residual.layout is not torch.strided):
+        check.check_tensor(fn, "residual", residual, optional=True)
 
 
 def norm_out_dtype(x: Tensor) -> torch.dtype | None:
@@ -68,13 +71,16 @@ def _norm(
         backend, fn, x.shape, x.dtype, x.device, facts(weight), facts(bias), facts(residual), eps, dropout_p,
         weight_offset, memory_efficient, norm_out_dtype(x), *normalized_shape,
     )  # fmt: skip
+    if residual is None:
+        if run.COMPOSITE:
+            return run.norm(x, weight, bias, spec)
+        return op((x, weight, bias, None, None), spec, run.NAME)[0]
     seed = torch.randint(2**63 - 1, (), device=x.device) if spec.dropout_p > 0.0 else None
     if run.COMPOSITE:
         h = run.add_residual(x, residual, seed, spec)
-        y = run.norm(h, weight, bias, spec)
-    else:
-        y, h, _ = op((x, weight, bias, residual, seed), spec, run.NAME)
-    return y if residual is None else (y, h)
+        return run.norm(h, weight, bias, spec), h
+    y, h, _ = op((x, weight, bias, residual, seed), spec, run.NAME)
+    return y, h
 
 
 @overload

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from itertools import pairwise
 from types import ModuleType
 from typing import Any, overload
@@ -13,6 +12,7 @@ from torch import Tensor
 from fastattn import _arguments as check
 from fastattn import backends
 from fastattn.errors import ArgumentError, ArgumentTypeError, UnsupportedError, kind
+from fastattn.functional._overwrite import check_overwritten, overwritable
 from fastattn.functional._plan import cached, facts
 from fastattn.ops.rotary import rotary as rotary_op
 from fastattn.spec import RotarySpec
@@ -45,6 +45,18 @@ def rotary_embedding(
     inplace: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]: ...
+@overload
+def rotary_embedding(
+    x: Tensor | tuple[Tensor, Tensor],
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    interleaved: bool = False,
+    position_ids: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    inplace: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def rotary_embedding(
     x: Tensor | tuple[Tensor, Tensor],
     cos: Tensor,
@@ -101,7 +113,7 @@ def rotary_embedding(
     check_rotary_values(q, cos, position_ids, cu_seqlens)
     tables = cos, sin, position_ids, None if cu_seqlens is None else cu_seqlens.contiguous()
     if run.COMPOSITE:
-        rotated = run.rotary((q,) if k is None else (q, k), *tables, spec)
+        rotated = run.rotary_embedding((q,) if k is None else (q, k), *tables, spec)
     else:
         rotated = rotary_op((q, k, *tables), spec, run.NAME)
     if inplace and (run.COMPOSITE or not spec.inplace):
@@ -132,33 +144,11 @@ def rotary_arguments(
             raise UnsupportedError(f"{FN}: `{name}` requires a gradient, which is not computed; detach it.")
     if inplace:
         check_overwritten(FN, tensors)
+        if k is q:
+            raise ArgumentError(f"{FN}: `q` and `k` are one tensor, which cannot be written over twice.")
         inplace = overwritable(tensors.values(), cos, sin, position_ids, cu_seqlens)
     given = tuple(facts(t) for t in (q, k, cos, sin, position_ids, cu_seqlens))
     return (*given, tuple(map(_tokens_first, tensors.values())), interleaved, inplace), q, k
-
-
-def check_overwritten(fn: str, tensors: dict[str, Tensor]) -> None:
-    """Refuses to write over leaves that want a gradient, and over memory that is met twice."""
-    for name, t in tensors.items():
-        if t.requires_grad and t.is_leaf and torch.is_grad_enabled():
-            raise ArgumentError(
-                f"{fn}: `{name}` is a leaf that requires a gradient, and cannot be written over; leave out `inplace`."
-            )
-        if any(step == 0 and size > 1 for size, step in zip(t.shape, t.stride(), strict=True)):
-            raise ArgumentError(
-                f"{fn}: `{name}` has strides {tuple(t.stride())} and overlaps itself; it cannot be written over."
-            )
-    if "k" in tensors and tensors["k"] is tensors["q"]:
-        raise ArgumentError(f"{fn}: `q` and `k` are one tensor, which cannot be written over twice.")
-
-
-def overwritable(written: Iterable[Tensor], *others: Tensor | None) -> bool:
-    """Whether a kernel may write over these tensors itself: autograd cannot be told of it where one is a view."""
-    written = tuple(written)
-    if not is_plain(*written, *others):
-        return False
-    differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in written)
-    return not (differentiated and any(t._is_view() for t in written))
 
 
 def _tokens_first(t: Tensor) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastattn import _arguments as check
 from fastattn import backends
 from fastattn.errors import ArgumentTypeError
-from fastattn.functional._in_place import check_overwritten, overwritable
+from fastattn.functional._overwrite import check_overwritten, overwritable
 from fastattn.functional._plan import cached
 from fastattn.ops.softmax import softmax as softmax_op
 from fastattn.spec import SoftmaxSpec

@@ -1,8 +1,11 @@
 """Drop-in modules: torch.nn's constructors, parameters and results, on fastattn's kernels."""
 
 from fastattn.nn.attention import MultiheadAttention
+from fastattn.nn.gated import GEGLU, SwiGLU
+from fastattn.nn.loss import CrossEntropyLoss, LinearCrossEntropyLoss
 from fastattn.nn.norm import LayerNorm, RMSNorm
 from fastattn.nn.positional import LearnedPositionalEncoding, SinusoidalPositionalEncoding
+from fastattn.nn.rotary import RotaryEmbedding
 from fastattn.nn.softmax import LogSoftmax, Softmax
 from fastattn.nn.transformer import (
     Transformer,
@@ -13,13 +16,18 @@ from fastattn.nn.transformer import (
 )
 
 __all__ = [
+    "CrossEntropyLoss",
+    "GEGLU",
     "LayerNorm",
     "LearnedPositionalEncoding",
     "LogSoftmax",
+    "LinearCrossEntropyLoss",
     "MultiheadAttention",
     "RMSNorm",
+    "RotaryEmbedding",
     "SinusoidalPositionalEncoding",
     "Softmax",
+    "SwiGLU",
     "Transformer",
     "TransformerDecoder",
     "TransformerDecoderLayer",

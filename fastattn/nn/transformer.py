@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastattn.functional import dropout_add
 from fastattn.functional._plan import has_kernels
 from fastattn.nn.attention import MultiheadAttention
 from fastattn.nn.norm import LayerNorm, RMSNorm
@@ -414,7 +415,7 @@ def _to_fuse(x: Tensor, branch: Branch) -> tuple[Tensor, float]:
 def _add(x: Tensor, branch: Branch) -> Tensor:
     """x + dropout(branch)."""
     y, dropout_p = _to_fuse(x, branch)
-    return x + F.dropout(y, dropout_p) if dropout_p else x + y
+    return dropout_add(y, x, dropout_p) if dropout_p else x + y
 
 
 def _add_norm(x: Tensor, branch: Branch, norm: nn.Module) -> tuple[Tensor, Tensor]:

@@ -38,7 +38,9 @@ def _encode(spec: CrossEntropySpec) -> tuple:
     )  # fmt: skip
 
 
-def _decode(tensors, loss_dtype, ignore_index, reduction, label_smoothing, z_loss, softcap, gradient) -> CrossEntropySpec:
+def _decode(
+    tensors, loss_dtype, ignore_index, reduction, label_smoothing, z_loss, softcap, gradient
+) -> CrossEntropySpec:
     logits = tensors["logits"] if "logits" in tensors else tensors["dlogits"]
     target, weight = tensors.get("target"), tensors.get("weight")
     return CrossEntropySpec(
@@ -111,7 +113,7 @@ cross_entropy = Operator(
 
 def _allocate_with_gradient(inputs, spec: CrossEntropySpec):
     logits = inputs[0]
-    # In place it is an alias, not the logits themselves: autograd takes no view that a Function with two outputs changes.
+    # In place it is an alias of the logits: autograd takes no view that a Function with two outputs changes.
     return logits.detach() if spec.inplace else torch.empty_like(logits), _loss(logits, spec)
 
 

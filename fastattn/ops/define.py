@@ -29,10 +29,17 @@ from fastattn.backends import Spec
 from fastattn.errors import UnsupportedError
 from fastattn.ops.custom_ops import as_tuple, backward_op, forward_op
 from fastattn.ops.differentiate import Tensors, forward_mode, jvp, vjp, without_tangents
-from fastattn.ops.functions import eager_function, in_place, transformable_backward, transformable_function
+from fastattn.ops.functions import (
+    eager_function,
+    in_place,
+    last_gradients,
+    transformable_backward,
+    transformable_function,
+)
 from fastattn.tracing import is_plain
 
 Mapped = tuple[Tensors, tuple[int, ...]]  # outputs and the dimension of each that vmap added
+CANNOT_BE_DIFFERENTIATED_AGAIN = "its gradient cannot be differentiated again; backend='eager' computes that."
 
 
 @dataclass(frozen=True)
@@ -72,6 +79,7 @@ class Definition:
     reference_backward: Callable[[Tensors, dict[str, Tensor | None], Any], Tensors] | None = None
     tangents: Callable[[Tensors, Tensors, Tensors, Any, str], Tensors] | None = None
     unsaved: Callable[[Any], tuple[str, ...]] | None = None  # spec -> those of `saved` that are None under it
+    passed: tuple[str, str] | None = None  # (input, output): the gradient of the one is that of the other, unchanged
     recycled: tuple[str, str] | None = None  # (input, saved output): the gradient of the one may take the memory of the
     # other once nobody can ask for it again; the launcher is then given one tensor for both
 
@@ -89,7 +97,9 @@ class Operator:
         self.backward_reads = (True,) * len(d.outputs) + tuple(
             d.reference_backward is not None or name in self.input_names for name in d.saved
         )
+        self._is_last = d.reference_backward is None and not set(self.input_names) <= set(d.saved)
         self._recycled = d.recycled and (self.input_names.index(d.recycled[0]), d.saved.index(d.recycled[1]))
+        self._passed = d.passed and (self.input_names.index(d.passed[0]), d.outputs.index(d.passed[1]))
         self._eager = eager_function(self)
         self.function = transformable_function(self)
         self.backward_function = transformable_backward(self)
@@ -124,10 +134,21 @@ class Operator:
         pairs = zip(self.definition.saved, self._saved_index, strict=True)
         return tuple(None if name in unsaved else everything[i] for name, i in pairs)
 
+    def run_backward_once(
+        self, grads: Tensors, saved: Tensors, wanted: Sequence[bool], spec: Spec, backend: str, last: bool
+    ) -> Tensors:
+        """`run_backward` for autograd, which takes a tensor that it gave; `last`: nobody will read `saved` again."""
+        if self._passed is None or not wanted[self._passed[0]]:
+            return self.run_backward(grads, saved, wanted, spec, backend, last)
+        i, j = self._passed
+        wanted = [want and k != i for k, want in enumerate(wanted)]
+        grad_inputs = self.run_backward(grads, saved, wanted, spec, backend, last)
+        return (*grad_inputs[:i], grads[j], *grad_inputs[i + 1 :])
+
     def run_backward(
         self, grads: Tensors, saved: Tensors, wanted: Sequence[bool], spec: Spec, backend: str, last: bool = False
     ) -> Tensors:
-        """The gradient of each input; None where it is not wanted. `last`: nobody will read `saved` again."""
+        """The gradient of each input, in memory of its own; None where it is not wanted."""
         by_name = dict(zip(self.definition.saved, saved, strict=True))
         if last and self._recycled is not None and wanted[self._recycled[0]]:
             i, j = self._recycled
@@ -162,7 +183,10 @@ class Operator:
     ) -> Tensors:
         """`run_backward` under any transform, and differentiable in turn."""
         results = self.backward_function.apply(*grads, *saved, tuple(wanted), spec, backend)
-        return tuple(g if want else None for g, want in zip(results, wanted, strict=True))
+        grads = tuple(g if want else None for g, want in zip(results, wanted, strict=True))
+        if self._is_last and torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
+            return last_gradients(f"{spec.op}: {CANNOT_BE_DIFFERENTIATED_AGAIN}", grads)
+        return grads
 
     def call_custom_backward(self, tensors: Tensors, wanted: Sequence[bool], spec: Spec, backend: str) -> Any:
         return self.custom_backward(*tensors, list(wanted), *self.definition.encode(spec), backend)
@@ -178,9 +202,7 @@ class Operator:
             found = d.reference_backward(grads, by_name, spec)
             return tuple(g if want else None for g, want in zip(found, wanted, strict=True))
         if not by_name.keys() >= set(self.input_names):
-            raise UnsupportedError(
-                f"{d.name}: its gradient cannot be differentiated again; backend='eager' computes that."
-            )
+            raise UnsupportedError(f"{spec.op}: {CANNOT_BE_DIFFERENTIATED_AGAIN}")
         inputs = tuple(by_name[name] for name in self.input_names)
         return vjp(lambda inputs: d.reference(inputs, spec), inputs, wanted, grads)
 

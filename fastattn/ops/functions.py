@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fastattn.errors import UnsupportedError
 from fastattn.ops.differentiate import Tensors, jvp, vjp
 from fastattn.tracing import is_plain
 
@@ -38,7 +39,7 @@ def eager_function(op: Operator) -> Function:
             if torch.is_grad_enabled() or not is_plain(*grads):
                 return *op.call_backward(grads, saved, wanted, ctx.spec, ctx.backend), None, None
             last = not torch._C._autograd._get_current_graph_task_keep_graph()
-            return *op.run_backward(grads, saved, wanted, ctx.spec, ctx.backend, last), None, None
+            return *op.run_backward_once(grads, saved, wanted, ctx.spec, ctx.backend, last), None, None
 
     Eager.__name__ = op.definition.function_name
     return Eager
@@ -135,6 +136,25 @@ def transformable_backward(op: Operator) -> Function:
             return op.map(info.batch_size, in_dims[:n], call, tensors)
 
     return TransformableBackward
+
+
+class _Last(torch.autograd.Function):
+    """Hands gradients on; to differentiate them is refused, where it would be 0."""
+
+    @staticmethod
+    def forward(ctx, message, *grads):
+        ctx.message = message
+        return tuple(g.view_as(g) for g in grads)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise UnsupportedError(ctx.message)
+
+
+def last_gradients(message: str, grads: Tensors) -> Tensors:
+    """The gradients that there are, which raise `message` when they are themselves differentiated."""
+    last = iter(_Last.apply(message, *(g.detach().requires_grad_() for g in grads if g is not None)))
+    return tuple(None if g is None else next(last) for g in grads)
 
 
 def in_place(inputs: Tensors, outputs: Tensors) -> tuple[Tensor, ...]:

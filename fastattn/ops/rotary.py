@@ -21,7 +21,7 @@ def _allocate(inputs, spec: RotarySpec):
 def _launch(outputs, inputs, spec: RotarySpec, backend: str):
     q, k, *tables = inputs
     pairs = [(outputs[0], q)] if k is None else list(zip(outputs, (q, k), strict=True))
-    get(backend).rotary(pairs, *tables, spec)
+    get(backend).rotary_embedding(pairs, *tables, spec)
 
 
 def _allocate_grads(saved, wanted, spec: RotarySpec):
@@ -43,12 +43,12 @@ def _launch_backward(grad_inputs, grads, saved, spec: RotarySpec, backend: str):
         elif dx is not None:
             pairs.append((dx, dy))
     if pairs:
-        get(backend).rotary(pairs, *(saved[name] for name in _TABLES), spec, inverse=True)
+        get(backend).rotary_embedding(pairs, *(saved[name] for name in _TABLES), spec, inverse=True)
 
 
 def _reference(inputs, spec: RotarySpec):
     q, k, *tables = inputs
-    rotated = get("reference").rotary((q,) if k is None else (q, k), *tables, spec)
+    rotated = get("reference").rotary_embedding((q,) if k is None else (q, k), *tables, spec)
     return (*rotated, q.new_empty(0)) if k is None else rotated
 
 
@@ -58,7 +58,7 @@ def _reference_backward(grads, saved, spec: RotarySpec):
         cos.new_zeros(sizes, dtype=spec.dtype) if dy is None else dy
         for dy, sizes in zip(grads, spec.sizes, strict=False)
     )
-    found = get("reference").rotary(given, *(saved[name] for name in _TABLES), spec, inverse=True)
+    found = get("reference").rotary_embedding(given, *(saved[name] for name in _TABLES), spec, inverse=True)
     return (*found, *(None for _ in range(6 - len(found))))
 
 

@@ -7,7 +7,8 @@
     q_j = w_j ((1 - ε) y_j + ε / V)                  for probabilities y
 
 A row whose class is `ignore_index` has loss 0 and no gradient, whatever its logits hold; one whose class does not exist
-has a loss and a gradient of NaN. The mean divides by Σ w_t over the rows that count, with probabilities by their number.
+has a loss and a gradient of NaN. The mean divides by Σ w_t over the rows that count, for
+probabilities by their number.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def cross_entropy(
     softcap: float | None = None,
     loss_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The loss; logits (V,), (N, V) or (N, V, d1, …); target the same without V, or of the same shape and floating-point.
+    """The loss; logits (V,), (N, V) or (N, V, d1, …); target the same without V, or floating-point and of that shape.
 
     The arithmetic is in at least fp32. The loss has the dtype of the logits unless `loss_dtype` says otherwise.
     """
@@ -46,7 +47,9 @@ def cross_entropy(
     log_p = torch.log_softmax(s, -1)
 
     if counted is None:
-        q = target.movedim(min(1, target.dim() - 1), -1).to(dtype) * (1.0 - label_smoothing) + label_smoothing / max(V, 1)
+        q = target.movedim(min(1, target.dim() - 1), -1).to(dtype) * (1.0 - label_smoothing) + label_smoothing / max(
+            V, 1
+        )
         losses = -((q if w is None else q * w) * log_p).sum(-1)
         divisor: Tensor | float = math.nan if logits.numel() == 0 else logits.numel() // V
     else:

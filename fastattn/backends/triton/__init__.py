@@ -21,6 +21,7 @@ from fastattn.spec import (
     DropoutAddSpec,
     ElementwiseSpec,
     GatedSpec,
+    LinearCrossEntropySpec,
     NormSpec,
     RotarySpec,
     SoftmaxSpec,
@@ -60,7 +61,10 @@ def _available(device: torch.device) -> str | None:
     return None
 
 
-def unsupported(spec: AttentionSpec | NormSpec | SoftmaxSpec | ElementwiseSpec | CrossEntropySpec, device: torch.device) -> str | None:
+def unsupported(
+    spec: AttentionSpec | NormSpec | SoftmaxSpec | ElementwiseSpec | CrossEntropySpec | LinearCrossEntropySpec,
+    device: torch.device,
+) -> str | None:
     if isinstance(spec, AttentionSpec) and spec.fp8:
         if why := _no_fp8(device):
             return why
@@ -68,6 +72,8 @@ def unsupported(spec: AttentionSpec | NormSpec | SoftmaxSpec | ElementwiseSpec |
         return f"dtype {_name(spec.dtype)} (it has float16, bfloat16 and float32)"
     if isinstance(spec, AttentionSpec):
         return _unsupported_attention(spec, device)
+    if isinstance(spec, LinearCrossEntropySpec):
+        return unsupported(spec.loss, device)
     if isinstance(spec, CrossEntropySpec):
         if spec.differentiates is not None:
             return f"a gradient of {spec.differentiates} (its kernels have that of the logits)"
@@ -118,8 +124,18 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def describe(spec: AttentionSpec | NormSpec | SoftmaxSpec | ElementwiseSpec | CrossEntropySpec, device: torch.device) -> str:
+def describe(
+    spec: AttentionSpec | NormSpec | SoftmaxSpec | ElementwiseSpec | CrossEntropySpec | LinearCrossEntropySpec,
+    device: torch.device,
+) -> str:
     how = "interpreted" if INTERPRET else "compiled"
+    if isinstance(spec, LinearCrossEntropySpec):
+        rows = spec.chunk_size or "as fit 64 MiB of logits, or half of weight's bytes"
+        return f"{how}; torch's products and one fused kernel, in chunks of rows: {rows}"
+    if isinstance(spec, CrossEntropySpec):
+        return f"{how}; one fused kernel, forward with the gradient"
+    if isinstance(spec, ElementwiseSpec):
+        return f"{how}; one fused kernel forward, one backward"
     if isinstance(spec, AttentionSpec):
         from fastattn.backends.triton.configs import arch_of, backward_config, forward_config
 
@@ -258,7 +274,7 @@ def gated_backward(
         launch_backward(dgate, dup, dy, gate, up, spec)
 
 
-def rotary(
+def rotary_embedding(
     pairs: Sequence[tuple[Tensor, Tensor]],
     cos: Tensor,
     sin: Tensor,
@@ -303,3 +319,38 @@ def cross_entropy_scale(out: Tensor, factor: Tensor | None, dlogits: Tensor) -> 
 
     with _on(out):
         out.zero_() if factor is None else launch_scale(out, dlogits, factor, min(1, out.dim() - 1))
+
+
+def dropout_add_forward(y: Tensor, residual: Tensor, x: Tensor, seed: Tensor, spec: DropoutAddSpec) -> None:
+    from fastattn.backends.triton.dropout_add import launch
+
+    with _on(y):
+        launch(y, residual, x, seed, spec.dropout_p)
+
+
+def dropout_add_backward(dx: Tensor, dy: Tensor, seed: Tensor, spec: DropoutAddSpec) -> None:
+    from fastattn.backends.triton.dropout_add import launch
+
+    with _on(dx):
+        launch(dx, None, dy, seed, spec.dropout_p)
+
+
+def linear_cross_entropy_forward(loss: Tensor, *arguments) -> None:
+    from fastattn.backends.triton.linear_cross_entropy import launch_forward
+
+    with _on(loss):
+        launch_forward(loss, *arguments)
+
+
+def linear_cross_entropy_backward(gradients, dloss: Tensor, hidden: Tensor, *saved) -> None:
+    from fastattn.backends.triton.linear_cross_entropy import launch_backward
+
+    with _on(hidden):
+        launch_backward(gradients, dloss, hidden, *saved)
+
+
+def linear_cross_entropy_scale(outs, factor: Tensor, gradients: Sequence[Tensor]) -> None:
+    from fastattn.backends.triton.linear_cross_entropy import launch_scaling
+
+    with _on(factor):
+        launch_scaling(outs, factor, gradients)

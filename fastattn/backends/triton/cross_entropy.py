@@ -31,7 +31,7 @@ from torch import Tensor
 
 from fastattn.backends.triton.blocks.cast import cast
 from fastattn.backends.triton.blocks.constants import NEG_INF
-from fastattn.backends.triton.blocks.rows import inside, load_rows, store_rows, tile_offsets
+from fastattn.backends.triton.blocks.rows import inside, load_rows, store_rows
 from fastattn.backends.triton.blocks.score import tanh
 from fastattn.backends.triton.configs import arch_of
 from fastattn.backends.triton.row_configs import RowConfig, row_config, warp_size
@@ -66,7 +66,7 @@ def add_to_sum(row_max, row_sum, s):
 
 @triton.jit
 def load_class(target, m, stride_m, M, N, ignore_index):
-    """The class t of each row, -1 where there is none; which rows count; NaN for one whose class does not exist, or 0."""
+    """The class t of each row, -1 where there is none; which rows count; NaN for one without a valid class, or 0."""
     t = tl.load(target + m * stride_m, mask=m < M, other=0).to(tl.int64)
     counts = (m < M) & (t != ignore_index)
     exists = (t >= 0) & (t < N)
@@ -138,7 +138,7 @@ def _locate(R1, M, BLOCK_M: tl.constexpr):
 
 @triton.jit(do_not_specialize=["ignore_index", "R1"])
 def _forward_kernel(
-    loss, row_max_out, log_sum_out, dx, x, target, weight, divisor,
+    loss, row_max_out, log_sum_out, dx, x, target, weight, divisor, dloss,
     ignore_index, smoothing, z_loss, softcap, R1, M, N,
     stride_l0, stride_l1, stride_lm,
     stride_dx0, stride_dx1, stride_dxm, stride_dxn,
@@ -203,6 +203,8 @@ def _forward_kernel(
         factor = 1.0 + poison
         if divisor is not None:
             factor /= tl.load(divisor)
+        if dloss is not None:
+            factor *= tl.load(dloss + r0 * stride_l0 + r1 * stride_l1 + m * stride_lm, mask=m < M, other=0.0)
     if ONE_TILE:
         log_p = (s - row_max[:, None]) - log_sum[:, None]
         if SPREAD:
@@ -398,7 +400,8 @@ def add_up(out: Tensor, values: Tensor, divisor: Tensor | None = None) -> None:
     if programs > 1:
         partial = values.new_empty(programs)
         _sum_kernel[(programs,)](partial, values, None, values.numel(), rounds, SUM_BLOCK)
-        return add_up(out, partial, divisor)
+        add_up(out, partial, divisor)
+        return
     _sum_kernel[(1,)](out, values, divisor, values.numel(), rounds, SUM_BLOCK)
 
 
@@ -441,12 +444,25 @@ def launch_forward(
         fill_divisor(divisor, target, weight, N, spec)
     losses = loss if spec.reduction == "none" else logits.new_empty(rows, dtype=torch.float32)
     if losses.numel():
-        _launch_rows(losses, row_max, log_sum, divisor if spec.divides else None, dlogits, logits, target, weight, spec)
+        by = divisor if spec.divides else None
+        launch_rows(losses, row_max, log_sum, by, dlogits, logits, target, weight, spec)
     if spec.reduction != "none":
         add_up(loss, losses, divisor if spec.divides else None)
 
 
-def _launch_rows(losses, row_max, log_sum, divisor, dlogits, logits, target, weight, spec: CrossEntropySpec) -> None:
+def launch_rows(
+    losses: Tensor,
+    row_max: Tensor | None,
+    log_sum: Tensor | None,
+    divisor: Tensor | None,
+    dlogits: Tensor | None,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    spec: CrossEntropySpec,
+    dloss: Tensor | None = None,
+) -> None:
+    """Row losses, not reduced, and what there is of the others; dloss, fp32 like losses, is a factor on dlogits."""
     dim = min(1, logits.dim() - 1)
     classes = target if spec.probabilities else _over_classes(target, logits, dim)
     rows = _Rows((logits, logits if dlogits is None else dlogits, classes, _over_classes(losses, logits, dim)), dim)
@@ -454,15 +470,15 @@ def _launch_rows(losses, row_max, log_sum, divisor, dlogits, logits, target, wei
         # Five dimensions or more, through which the tensors run in different orders: rare enough to be copied.
         dense = None if dlogits is None else torch.empty_like(logits, memory_format=torch.contiguous_format)
         target = target.contiguous()
-        _launch_rows(losses, row_max, log_sum, divisor, dense, logits.contiguous(), target, weight, spec)
-        if dlogits is not None:
+        launch_rows(losses, row_max, log_sum, divisor, dense, logits.contiguous(), target, weight, spec, dloss)
+        if dlogits is not None and dense is not None:
             dlogits.copy_(dense)
         return
     x, dx, t, row = rows.steps
     _forward_kernel[rows.grid](
-        losses, row_max, log_sum, dlogits, logits, target, weight, divisor,
+        losses, row_max, log_sum, dlogits, logits, target, weight, divisor, dloss,
         *_options(spec), rows.R1, rows.M, rows.N, *row[:3], *dx, *x, *t, _stride(weight),
-        **_flags(spec), **rows.tile, ONE_TILE=rows.N <= rows.tile["BLOCK_N"],
+        **_flags(spec), **rows.tile, ONE_TILE=rows.tile["BLOCK_N"] >= rows.N,
     )  # fmt: skip
 
 
@@ -510,3 +526,39 @@ def launch_scale(out: Tensor, x: Tensor, factor: Tensor, dim: int) -> None:
     _scale_kernel[rows.grid](
         out, x, factor, rows.R1, rows.M, rows.N, *row[:3], *to, *at, IN_PLACE=out is x, **rows.tile
     )
+
+
+def inspect_cases(arch: str) -> list[KernelCase]:
+    """The compilations that the ahead-of-time report shows."""
+    from fastattn.backends.triton.row_cases import SHAPES, row_case
+
+    cases = []
+    for dtype, N in SHAPES:
+        config = _config(N, 1 << 30, False, arch)
+        outputs = {
+            "loss": "*fp32", "dloss": "*fp32", "divisor": "*fp32", "dx": f"*{dtype}", "x": f"*{dtype}",
+            "row_max": "*fp32", "log_sum": "*fp32",
+        }  # fmt: skip
+        for feature, target, weighted, smoothed, extras, gradient in (
+            ("plain", "i64", False, False, False, True),
+            ("loss_only", "i64", False, False, False, False),
+            ("everything", "i64", True, True, True, True),
+            ("probabilities", dtype, True, True, True, True),
+        ):
+            flags = {
+                "PROBABILITIES": target == dtype, "SMOOTHED": smoothed, "Z_LOSS": extras, "SOFTCAP": extras,
+                "ONE_TILE": N <= config.BLOCK_N, "stride_w": int(weighted),
+            }  # fmt: skip
+            absent = {} if weighted else {"weight": None}
+            pointers = outputs | {"target": f"*{target}", "weight": "*fp32"}
+            into = {"dloss": None, "row_max_out": None, "log_sum_out": None} | ({} if gradient else {"dx": None})
+            name = f"{feature}/{dtype}/{N}"
+            cases.append(row_case(
+                f"cross_entropy/forward/{name}", _forward_kernel, config, pointers, **flags, **absent, **into
+            ))  # fmt: skip
+            if gradient:
+                del flags["ONE_TILE"]
+                cases.append(row_case(
+                    f"cross_entropy/backward/{name}", _backward_kernel, config, pointers, **flags, **absent
+                ))  # fmt: skip
+    return cases

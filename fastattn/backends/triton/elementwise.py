@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastattn.backends.triton.configs import next_power_of_2
 from fastattn.backends.triton.row_configs import ELEMENTS, MIN_THREADS, RowConfig, warp_size
+from fastattn.backends.triton.row_layout import merge_dimensions
 
 
 @triton.jit
@@ -49,16 +50,10 @@ def merge(tensors: Sequence[Tensor], keep_rows: bool = False) -> Grid | None:
     They are taken in the order of the first tensor's strides. `keep_rows`: in their own order, with N the last one.
     """
     shape, strides = tensors[0].shape, [t.stride() for t in tensors]
-    order = [d for d in range(len(shape) - keep_rows) if shape[d] != 1]
+    order = list(range(len(shape) - keep_rows))
     if not keep_rows:
         order.sort(key=lambda d: strides[0][d], reverse=True)
-    merged: list[tuple[int, tuple[int, ...]]] = []  # size, step of each tensor
-    for d in order:
-        size, steps = shape[d], tuple(s[d] for s in strides)
-        if merged and all(outer == inner * size for outer, inner in zip(merged[-1][1], steps, strict=True)):
-            merged[-1] = (merged[-1][0] * size, steps)
-        else:
-            merged.append((size, steps))
+    merged = merge_dimensions(order, shape, strides)
     if keep_rows:
         merged.append((shape[-1], tuple(s[-1] for s in strides)))
     if len(merged) > 4:

@@ -85,7 +85,7 @@ def _launch(kernel: triton.JITFunction, tensors: tuple[Tensor | None, ...], n_ou
         dense = tuple(None if t is None else t.contiguous() for t in tensors)
         _launch(kernel, dense, n_outputs, spec)
         for out, filled in zip(tensors[:n_outputs], dense[:n_outputs], strict=True):
-            if out is not None and filled is not out:
+            if out is not None and filled is not None and filled is not out:
                 out.copy_(filled)
         return
     _, R1, M, N = grid.sizes

@@ -69,28 +69,30 @@ def _rotate_heads(
     """Heads first … first + HEADS − 1 of tokens s by the angles (BLOCK_S, BLOCK_R); where not `turned`, y is x."""
     r = tl.arange(0, BLOCK_R)
     keep = (s < S)[:, None]
-    for h in range(first, tl.minimum(first + HEADS, H)):
-        from_x = x + h.to(tl.int64) * stride_xh
-        to_y = y + h.to(tl.int64) * stride_yh
+    x += first.to(tl.int64) * stride_xh
+    y += first.to(tl.int64) * stride_yh
+    for _ in range(first, tl.minimum(first + HEADS, H)):
         if INTERLEAVED:
             d = tl.arange(0, 2 * BLOCK_R)
-            both = load_rows(from_x, s, d, stride_xs, stride_xd, keep & (d < 2 * HALF)[None, :])
+            both = load_rows(x, s, d, stride_xs, stride_xd, keep & (d < 2 * HALF)[None, :])
             x1, x2 = tl.split(tl.reshape(both, (BLOCK_S, BLOCK_R, 2)))
         else:
-            x1 = load_rows(from_x, s, r, stride_xs, stride_xd, keep & (r < HALF)[None, :])
-            x2 = load_rows(from_x, s, HALF + r, stride_xs, stride_xd, keep & (r < HALF)[None, :])
+            x1 = load_rows(x, s, r, stride_xs, stride_xd, keep & (r < HALF)[None, :])
+            x2 = load_rows(x, s, HALF + r, stride_xs, stride_xd, keep & (r < HALF)[None, :])
         y1 = tl.where(turned[:, None], x1 * cos - x2 * sin, x1)
         y2 = tl.where(turned[:, None], x2 * cos + x1 * sin, x2)
         if INTERLEAVED:
             both = tl.reshape(tl.join(y1, y2), (BLOCK_S, 2 * BLOCK_R))
-            store_rows(to_y, both, s, d, stride_ys, stride_yd, S, 2 * HALF)
+            store_rows(y, both, s, d, stride_ys, stride_yd, S, 2 * HALF)
         else:
-            store_rows(to_y, y1, s, r, stride_ys, stride_yd, S, HALF)
-            store_rows(to_y + HALF * stride_yd, y2, s, r, stride_ys, stride_yd, S, HALF)
+            store_rows(y, y1, s, r, stride_ys, stride_yd, S, HALF)
+            store_rows(y + HALF * stride_yd, y2, s, r, stride_ys, stride_yd, S, HALF)
         if COPY:
             d = 2 * HALF + tl.arange(0, BLOCK_REST)
-            rest = load_rows(from_x, s, d, stride_xs, stride_xd, keep & (d < D)[None, :])
-            store_rows(to_y, rest, s, d, stride_ys, stride_yd, S, D)
+            rest = load_rows(x, s, d, stride_xs, stride_xd, keep & (d < D)[None, :])
+            store_rows(y, rest, s, d, stride_ys, stride_yd, S, D)
+        x += stride_xh
+        y += stride_yh
 
 
 @triton.jit(do_not_specialize=["S", "S_max", "H_q", "H_k", "sequences", "steps"])

@@ -31,6 +31,7 @@ from fastattn.backends.triton.blocks.constants import NEG_INF
 from fastattn.backends.triton.blocks.rows import inside, load_rows, store_rows, tile_offsets
 from fastattn.backends.triton.configs import arch_of
 from fastattn.backends.triton.row_configs import row_config
+from fastattn.backends.triton.row_layout import merge_dimensions
 from fastattn.spec import SoftmaxSpec
 
 if TYPE_CHECKING:
@@ -226,15 +227,8 @@ def _merge_rows(tensors: Sequence[Tensor], dim: int, causal: bool) -> _Rows | No
     """
     shape, strides = tensors[0].shape, [t.stride() for t in tensors]
     own = {dim % len(shape), len(shape) - 2} if causal else {dim % len(shape)}
-    order = [d for d in range(len(shape)) if d not in own and shape[d] != 1]
-    order.sort(key=lambda d: strides[0][d], reverse=True)
-    merged: list[tuple[int, tuple[int, ...]]] = []  # size, step of each tensor
-    for d in order:
-        size, steps = shape[d], tuple(s[d] for s in strides)
-        if merged and all(outer == inner * size for outer, inner in zip(merged[-1][1], steps, strict=True)):
-            merged[-1] = (merged[-1][0] * size, steps)
-        else:
-            merged.append((size, steps))
+    order = sorted((d for d in range(len(shape)) if d not in own), key=lambda d: strides[0][d], reverse=True)
+    merged = merge_dimensions(order, shape, strides)
     if causal:
         merged.append((shape[-2], tuple(s[-2] for s in strides)))
     if len(merged) > 3:

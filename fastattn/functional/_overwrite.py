@@ -1,4 +1,4 @@
-"""Writing results over arguments."""
+"""Working in place: what may be written over, and by whom."""
 
 from __future__ import annotations
 

@@ -1,0 +1,349 @@
+"""cross_entropy of every backend against float64, values and gradients, and at its edges."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.func import grad, hessian, jvp, vmap
+from torch.testing._internal.common_methods_invocations import op_db
+
+import fastattn
+from fastattn import nn
+from fastattn.errors import ArgumentError, ArgumentTypeError, FastattnError, UnsupportedError
+from fastattn.testing import assert_close, make_inputs
+
+F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
+BACKENDS = pytest.mark.parametrize("backend", ["triton", "eager"])
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype = F32
+    probabilities: bool = False
+    weight: bool = False
+    ignored: int | None = None  # how many rows
+    layout: str = "contiguous"
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+ALL = {"label_smoothing": 0.1, "z_loss": 1e-2, "softcap": 2.0}
+CASES = [
+    *(Case(f"V{V}", (3, V)) for V in (1, 2, 7, 1000, 20_001)),
+    Case("one_dimension", (33,)),
+    Case("images", (2, 7, 3, 4), ignored=3),
+    Case("images_probabilities", (2, 7, 3, 4), probabilities=True, weight=True),
+    Case("five_dimensions", (2, 5, 2, 3, 2)),
+    Case("strided", (6, 20), layout="strided"),
+    Case("many_rows", (130, 20), ignored=40),
+    Case("weight", (9, 40), weight=True, ignored=2),
+    Case("smoothing", (9, 40), ignored=2, options={"label_smoothing": 0.2}),
+    Case("smoothing_weight", (9, 40), weight=True, ignored=2, options={"label_smoothing": 0.2}),
+    Case("z_loss", (9, 40), ignored=2, options={"z_loss": 0.1}),
+    Case("softcap", (9, 40), ignored=2, options={"softcap": 1.5}),
+    Case("everything", (9, 40), weight=True, ignored=2, options=ALL),
+    Case("everything_looped", (2, 20_000), weight=True, ignored=1, options=ALL),
+    Case("probabilities", (9, 40), probabilities=True),
+    Case("probabilities_everything", (9, 40), probabilities=True, weight=True, options=ALL),
+    Case("probabilities_looped", (2, 20_000), probabilities=True, options=ALL),
+    *(Case(f"{n}_{V}", (9, V), dtype=d, ignored=1) for d, n in ((F16, "fp16"), (BF16, "bf16")) for V in (50, 3000)),
+    *(Case(f"{n}_everything", (9, 60), dtype=d, weight=True, options=ALL) for d, n in ((F16, "fp16"), (BF16, "bf16"))),
+]
+
+
+def inputs_of(case: Case, device) -> tuple[Tensor, Tensor, Tensor | None]:
+    dim = min(1, len(case.shape) - 1)
+    (x,) = make_inputs(case.shape, dtype=case.dtype, device=device, layout=case.layout)
+    V = case.shape[dim]
+    generator = torch.Generator().manual_seed(3)
+    if case.probabilities:
+        target = torch.rand(case.shape, generator=generator).softmax(dim).to(device, case.dtype)
+    else:
+        rows = (*case.shape[:dim], *case.shape[dim + 1 :])
+        target = torch.randint(0, V, rows, generator=generator)
+        target.view(-1)[: case.ignored or 0] = -100
+        target = target.to(device)
+    weight = (torch.rand(V, generator=generator) + 0.5).to(device, case.dtype) if case.weight else None
+    return x, target, weight
+
+
+@BACKENDS
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_cross_entropy(case: Case, reduction: str, backend: str, device: torch.device):
+    x, target, weight = inputs_of(case, device)
+
+    def run(backend, dtype) -> tuple[Tensor, Tensor]:
+        leaf = x.detach().to(dtype).requires_grad_()
+        t, w = target.to(dtype) if case.probabilities else target, None if weight is None else weight.to(dtype)
+        loss = fastattn.cross_entropy(leaf, t, w, reduction=reduction, backend=backend, **case.options)
+        factor = torch.linspace(0.5, 2, loss.numel(), device=device).view(loss.shape).to(dtype)
+        return loss, torch.autograd.grad(loss, leaf, factor)[0]
+
+    def plain(dtype) -> tuple[Tensor, Tensor]:
+        """Eager torch in one dtype."""
+        leaf = x.detach().clone().requires_grad_()
+        cap = case.options.get("softcap")
+        s = leaf if cap is None else cap * torch.tanh(leaf / cap)
+        dim = min(1, s.dim() - 1)
+        smoothing = case.options.get("label_smoothing", 0.0)
+        loss = torch.nn.functional.cross_entropy(s, target, weight, reduction=reduction, label_smoothing=smoothing)
+        if z := case.options.get("z_loss"):
+            penalty = z * s.logsumexp(dim).square()
+            counts = torch.ones_like(penalty, dtype=torch.bool) if case.probabilities else target != -100
+            penalty = torch.where(counts, penalty, 0.0)
+            if reduction == "mean":
+                by = (
+                    counts
+                    if weight is None or case.probabilities
+                    else torch.where(counts, weight[target.clamp(min=0)], 0.0)
+                )
+                loss = loss + penalty.sum() / by.sum()
+            else:
+                loss = loss + (penalty if reduction == "none" else penalty.sum())
+        factor = torch.linspace(0.5, 2, loss.numel(), device=device).view(loss.shape).to(dtype)
+        return loss, torch.autograd.grad(loss, leaf, factor)[0]
+
+    exact, eager, actual = run("reference", torch.float64), plain(case.dtype), run(backend, case.dtype)
+    for name, ours, truth, same_dtype in zip(("loss", "dlogits"), actual, exact, eager, strict=True):
+        assert_close(ours, truth, same_dtype, name)
+
+
+@BACKENDS
+def test_ignored_everywhere_and_empty_are_nan_in_the_mean(backend, device):
+    x = torch.randn(3, 5, device=device, requires_grad=True)
+    ignored = torch.full((3,), -100, device=device)
+    assert fastattn.cross_entropy(x, ignored, backend=backend).isnan()
+    assert fastattn.cross_entropy(x, ignored, reduction="sum", backend=backend) == 0
+    nothing, of = torch.empty(0, 5, device=device), torch.empty(0, dtype=torch.int64, device=device)
+    assert fastattn.cross_entropy(nothing, of, backend=backend).isnan()
+    assert fastattn.cross_entropy(nothing, of, reduction="sum", backend=backend) == 0
+    assert fastattn.cross_entropy(nothing, of, reduction="none", backend=backend).shape == (0,)
+    assert fastattn.cross_entropy(nothing, nothing, backend=backend).isnan()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
+@pytest.mark.parametrize("V", [40, 20_000])
+def test_non_finite_rows_are_as_torch_has_them(value, V, device):
+    (x,) = make_inputs((3, V), device=device)
+    x[1, 5] = value
+    target = torch.tensor([1, 5, 2], device=device)
+    for t in (target, torch.tensor([1, 6, 2], device=device)):
+        results = []
+        for f in (torch.nn.functional.cross_entropy, fastattn.cross_entropy):
+            leaf = x.clone().requires_grad_()
+            losses = f(leaf, t, reduction="none")
+            results.append((losses, torch.autograd.grad(losses, leaf, torch.ones_like(losses))[0]))
+        torch.testing.assert_close(*results, equal_nan=True)
+
+
+def test_ignored_row_is_not_read(device):
+    x = torch.randn(3, 50, device=device)
+    x[1] = math.nan
+    x.requires_grad_()
+    loss = fastattn.cross_entropy(x, torch.tensor([1, -100, 2], device=device), backend="triton")
+    (dx,) = torch.autograd.grad(loss, x)
+    assert loss.isfinite()
+    assert (dx[1] == 0).all()
+
+
+@pytest.mark.parametrize("bad", [50, -1, 1 << 40])
+def test_class_that_does_not_exist_is_never_a_loss_of_zero(bad, device):
+    """Through the operator, which looks at nothing, NaN; through the function, for a CPU tensor, an error."""
+    from fastattn.ops.cross_entropy import cross_entropy_with_gradient
+    from fastattn.spec import CrossEntropySpec
+
+    x, t = torch.randn(3, 50, device=device), torch.tensor([1, bad, 2], device=device)
+    spec = CrossEntropySpec(F32, F32, torch.int64, reduction="none", gradient=True)
+    dx, losses = cross_entropy_with_gradient((x, t, None), spec, "triton")
+    assert losses.isnan().tolist() == [False, True, False]
+    assert dx.isnan().all(1).tolist() == [False, True, False]
+    with pytest.raises(ArgumentError, match=f"`target` holds {bad}; it must hold classes from 0 to 49"):
+        fastattn.cross_entropy(x.cpu(), t.cpu())
+
+
+def test_in_place(device):
+    leaf = torch.randn(6, 50, device=device, requires_grad=True)
+    target = torch.arange(6, device=device)
+    expected = torch.autograd.grad(fastattn.cross_entropy(leaf * 2, target, backend="triton"), leaf)[0]
+    logits = leaf * 2
+    version = logits._version
+    loss = fastattn.cross_entropy(logits.view(6, 50), target, inplace_backward=True, backend="triton")
+    assert logits._version > version
+    assert torch.equal(torch.autograd.grad(loss, leaf)[0], expected)
+    assert torch.equal(logits * 2, expected)
+
+    logits = leaf.exp()  # whose backward reads it
+    loss = fastattn.cross_entropy(logits, target, inplace_backward=True, backend="triton")
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_logits_are_left_alone_and_the_gradient_is_not_copied(device):
+    x = torch.randn(4, 30, device=device, requires_grad=True)
+    before = x.detach().clone()
+    loss = fastattn.cross_entropy(x, torch.arange(4, device=device), backend="triton")
+    saved = loss.grad_fn.saved_tensors[0].data_ptr()
+    loss.backward()
+    assert torch.equal(x, before)
+    assert x.grad.data_ptr() == saved
+
+
+def test_graph_that_is_kept_gives_the_same_twice(device):
+    x = torch.randn(4, 30, device=device, requires_grad=True)
+    loss = fastattn.cross_entropy(x, torch.arange(4, device=device), backend="triton")
+    first = torch.autograd.grad(loss, x, torch.tensor(3.0, device=device), retain_graph=True)[0]
+    assert torch.equal(torch.autograd.grad(loss, x, torch.tensor(3.0, device=device))[0], first)
+
+
+def test_scaled_float16_gradients_do_not_vanish(device):
+    """With a loss scale of 2^16 over many rows; each entry, relative to itself."""
+    x = torch.randn(256, 64, device=device).half().requires_grad_()
+    target = torch.arange(256, device=device) % 64
+    scale = torch.tensor(2.0**15, device=device).half()
+    actual = torch.autograd.grad(fastattn.cross_entropy(x, target, backend="triton"), x, scale)[0]
+    double = x.detach().double().requires_grad_()
+    exact = torch.autograd.grad(fastattn.cross_entropy(double, target) * scale, double)[0]
+    torch.testing.assert_close(actual.double(), exact, rtol=2e-3, atol=1e-6)
+
+
+def ours(x, t, w=None):
+    return fastattn.cross_entropy(x, t, w, label_smoothing=0.1, z_loss=0.01, backend="triton")
+
+
+def reference(x, t, w=None):
+    return fastattn.cross_entropy(x, t, w, label_smoothing=0.1, z_loss=0.01, backend="reference")
+
+
+def test_transforms(device):
+    x, t = torch.randn(3, 4, 9, device=device), torch.arange(4, device=device)
+    torch.testing.assert_close(grad(ours)(x[0], t), grad(reference)(x[0], t))
+    torch.testing.assert_close(hessian(ours)(x[0], t), hessian(reference)(x[0], t))
+    torch.testing.assert_close(vmap(ours, (0, None))(x, t), torch.stack([reference(each, t) for each in x]))
+    torch.testing.assert_close(vmap(grad(ours), (0, None))(x, t), torch.stack([grad(reference)(e, t) for e in x]))
+    tangent = x[0].cos()
+    results = [jvp(lambda x, f=f: f(x, t), (x[0],), (tangent,)) for f in (ours, reference)]
+    torch.testing.assert_close(*results)
+
+
+def test_double_backward_is_refused_by_name(device):
+    x = torch.randn(3, 9, device=device, requires_grad=True)
+    loss = fastattn.cross_entropy(x, torch.arange(3, device=device), backend="triton")
+    (dx,) = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(UnsupportedError, match="cannot be differentiated again"):
+        dx.square().sum().backward()
+
+
+@pytest.mark.parametrize("probabilities", [False, True])
+def test_compile(probabilities, device):
+    x = torch.randn(6, 9, device=device, requires_grad=True)
+    t = torch.rand(6, 9, device=device) if probabilities else torch.arange(6, device=device)
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    results = [(loss := f(x, t), torch.autograd.grad(loss, x)[0]) for f in (compiled, ours)]
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_opcheck(gradient, device):
+    name = "cross_entropy_with_gradient" if gradient else "cross_entropy"
+    op = getattr(torch.ops.fastattn, name).default
+    x, t, w = torch.randn(6, 9, device=device, requires_grad=True), torch.arange(6, device=device), torch.rand(9)
+    for reduction in ("mean", "none"):
+        args = (x, t, w.to(device), F32, -100, reduction, 0.1, 0.01, None, gradient, "triton")
+        torch.library.opcheck(op, args)
+
+
+@BACKENDS
+@pytest.mark.parametrize("dtype", [F16, BF16, F32, torch.float64], ids=str)
+def test_autocast_gives_torchs_dtypes(dtype, backend, device):
+    backend = "eager" if dtype == torch.float64 else backend
+    results = []
+    for f in (torch.nn.functional.cross_entropy, lambda x, t: fastattn.cross_entropy(x, t, backend=backend)):
+        x = torch.randn(3, 9, device=device, dtype=dtype, requires_grad=True)
+        with torch.autocast(device.type, dtype=BF16):
+            loss = f(x, torch.arange(3, device=device))
+        loss.backward()
+        results.append((loss.dtype, x.grad.dtype))
+    assert results[0] == results[1]
+
+
+def test_offsets_pass_2_to_the_31(device):
+    stride = 2**30 if device.type == "cpu" else 2**29 + 16
+    far = torch.empty(stride * 4 + 64, dtype=F16, device=device).as_strided((5, 64), (stride, 1))
+    near = make_inputs((5, 64), dtype=F16, device=device)[0]
+    far.copy_(near)
+    t = torch.arange(5, device=device)
+    assert torch.equal(*(fastattn.cross_entropy(x, t, reduction="none", backend="triton") for x in (far, near)))
+
+
+@pytest.mark.parametrize("dtype", [F32, torch.float64], ids=str)
+def test_torchs_samples(dtype, device):
+    """op_db's samples of cross_entropy, gradients included where they are wanted."""
+    info = next(op for op in op_db if op.name == "nn.functional.cross_entropy")
+    n = 0
+    for sample in info.sample_inputs(device, dtype, requires_grad=True):
+        results = []
+        for f in (info.op, fastattn.cross_entropy):
+            loss = f(sample.input, *sample.args, **sample.kwargs)
+            results.append((loss, *torch.autograd.grad(loss.sum(), sample.input)))
+        torch.testing.assert_close(*results, equal_nan=True)
+        n += 1
+    assert n > 20
+
+
+X, T = torch.zeros(3, 5), torch.tensor([0, 1, 2])
+WRONG = {
+    "logits_list": (([1.0], T), {}, ArgumentTypeError, "`logits` is a list"),
+    "logits_scalar": ((torch.zeros(()), T), {}, ArgumentError, "`logits` has shape ()"),
+    "logits_int": ((X.long(), T), {}, ArgumentTypeError, "`logits` has dtype int64"),
+    "target_none": ((X, None), {}, ArgumentTypeError, "`target` is None"),
+    "target_shape": ((X, T[:2]), {}, ArgumentError, "`target` has shape (2,)"),
+    "target_bool": ((X, T > 0), {}, ArgumentTypeError, "`target` has dtype bool"),
+    "target_probabilities": ((X, X[:2]), {}, ArgumentError, "`target` has shape (2, 5)"),
+    "target_class": ((X, T + 3), {}, ArgumentError, "`target` holds 5"),
+    "weight_shape": ((X, T, X[0, :4]), {}, ArgumentError, "`weight` has shape (4,)"),
+    "weight_int": ((X, T, T), {}, ArgumentTypeError, "`weight` has dtype int64"),
+    "ignore_float": ((X, T), {"ignore_index": 1.0}, ArgumentTypeError, "`ignore_index` is a float"),
+    "ignore_probabilities": ((X, X), {"ignore_index": 1}, ArgumentError, "`ignore_index` is 1"),
+    "reduction": ((X, T), {"reduction": "max"}, ArgumentError, "`reduction` is 'max'"),
+    "reduction_none": ((X, T), {"reduction": None}, ArgumentTypeError, "`reduction` is None"),
+    "smoothing": ((X, T), {"label_smoothing": 1.5}, ArgumentError, "`label_smoothing` is 1.5"),
+    "z_loss": ((X, T), {"z_loss": -1.0}, ArgumentError, "`z_loss` is -1.0"),
+    "softcap": ((X, T), {"softcap": 0.0}, ArgumentError, "`softcap` is 0.0"),
+    "inplace_int": ((X, T), {"inplace_backward": 1}, ArgumentTypeError, "`inplace_backward` is an int"),
+    "inplace_overlap": ((X[:1].expand(3, 5), T), {"inplace_backward": True}, ArgumentError, "overlaps itself"),
+    "inplace_leaf": ((X.clone().requires_grad_(), T), {"inplace_backward": True}, ArgumentError, "is a leaf"),
+    "float64": ((X.double(), T), {"backend": "triton"}, UnsupportedError, "dtype float64"),
+    "target_gradient": (
+        (X, X.clone().requires_grad_()), {"backend": "triton"}, UnsupportedError, "a gradient of target"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_call_raises_one_sentence(name):
+    args, kwargs, error, says = WRONG[name]
+    with pytest.raises(FastattnError) as caught:
+        fastattn.cross_entropy(*args, **kwargs)
+    assert type(caught.value) is error
+    assert says in str(caught.value)
+    assert str(caught.value).endswith(".")
+
+
+def test_module_is_torchs(device):
+    weight = torch.rand(9, device=device)
+    theirs = torch.nn.CrossEntropyLoss(weight, ignore_index=2, reduction="sum", label_smoothing=0.1)
+    module = nn.CrossEntropyLoss(weight, ignore_index=2, reduction="sum", label_smoothing=0.1)
+    assert repr(module) == repr(theirs)
+    module.load_state_dict(theirs.state_dict())
+    x, t = torch.randn(5, 9, device=device), torch.arange(5, device=device)
+    torch.testing.assert_close(module(x, t), theirs(x, t))

@@ -53,18 +53,18 @@ HEADS = (2, 4, 32, 64)  # B, H, S, D
 
 
 def rotate(x: Tensor) -> Tensor:
-    cos, sin = (t.to(x.dtype) for t in tables())
+    cos, sin = (t.to(x.dtype) for t in tables(x.device))
     x1, x2 = x.chunk(2, -1)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), -1)
 
 
-def tables() -> tuple[Tensor, Tensor]:
+def tables(device: torch.device) -> tuple[Tensor, Tensor]:
     """cos and sin (S, D / 2), rounded to bfloat16 so that every dtype is given the same angles' table."""
     S, D = HEADS[2:]
     angles = torch.outer(
         torch.arange(S, dtype=torch.float64), 10000.0 ** -torch.arange(0, 1, 2 / D, dtype=torch.float64)
     )
-    return angles.cos().bfloat16().float(), angles.sin().bfloat16().float()
+    return angles.cos().bfloat16().float().to(device), angles.sin().bfloat16().float().to(device)
 
 
 def ops(backend: str | None, device: torch.device) -> dict[str, Op]:
@@ -119,7 +119,7 @@ def ops(backend: str | None, device: torch.device) -> dict[str, Op]:
             {"hidden": (M, 64), "weight": (V, 64)},
         ),
         "rotary_embedding": Op(
-            rotate, lambda x: fastattn.rotary_embedding(x, *tables(), **options), {"x": HEADS}
+            rotate, lambda x: fastattn.rotary_embedding(x, *tables(x.device), **options), {"x": HEADS}
         ),
         "swiglu": Op(
             lambda gate, up: F.silu(gate) * up,
@@ -153,8 +153,10 @@ def error(actual: Tensor, exact: Tensor) -> float:
     return ((actual.double() - exact).square().mean().sqrt() / size).item()
 
 
-def rows(backend: str | None, device: torch.device) -> Iterator[Row]:
+def rows(backend: str | None, device: torch.device, only: str | None = None) -> Iterator[Row]:
     for name, op in ops(backend, device).items():
+        if only not in (None, name):
+            continue
         for dtype in DTYPES:
             generator = torch.Generator().manual_seed(0)
             inputs = {

@@ -38,4 +38,14 @@ RMSNormFunction = _rms_norm.function
 RotaryFunction = _rotary.function
 SoftmaxFunction = _softmax.function
 
-__all__ = ["AttentionFunction", "CrossEntropyFunction", "LinearCrossEntropyFunction", "DropoutAddFunction", "GatedFunction", "LayerNormFunction", "RMSNormFunction", "RotaryFunction", "SoftmaxFunction"]
+__all__ = [
+    "AttentionFunction",
+    "CrossEntropyFunction",
+    "DropoutAddFunction",
+    "GatedFunction",
+    "LayerNormFunction",
+    "LinearCrossEntropyFunction",
+    "RMSNormFunction",
+    "RotaryFunction",
+    "SoftmaxFunction",
+]

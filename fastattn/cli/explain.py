@@ -44,7 +44,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     for function in (layer_norm, rms_norm):
         function.add_argument("--shape", type=int, nargs="+", default=(4096, 1024), metavar="SIZE")
         function.add_argument("--residual", action="store_true", help="behind the sum of a residual connection")
-        function.add_argument("--dropout", type=float, default=0.0, metavar="P", help="of what is added to the residual")
+        function.add_argument(
+            "--dropout", type=float, default=0.0, metavar="P", help="of what is added to the residual"
+        )
 
     softmax = functions.add_parser("softmax", help="softmax over one dimension")
     softmax.add_argument("--shape", type=int, nargs="+", default=(4096, 1024), metavar="SIZE")

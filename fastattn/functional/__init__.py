@@ -6,9 +6,9 @@ from fastattn.functional._dropout_add import dropout_add
 from fastattn.functional._explain import explain
 from fastattn.functional._gated import geglu, swiglu
 from fastattn.functional._norm import layer_norm, rms_norm
-from fastattn.functional._softmax import log_softmax, softmax
 from fastattn.functional._rotary import rotary_embedding
 from fastattn.functional._sdpa import scaled_dot_product_attention
+from fastattn.functional._softmax import log_softmax, softmax
 
 __all__ = [
     "attention",

@@ -16,12 +16,12 @@ from fastattn.nn.transformer import (
 )
 
 __all__ = [
-    "CrossEntropyLoss",
     "GEGLU",
+    "CrossEntropyLoss",
     "LayerNorm",
     "LearnedPositionalEncoding",
-    "LogSoftmax",
     "LinearCrossEntropyLoss",
+    "LogSoftmax",
     "MultiheadAttention",
     "RMSNorm",
     "RotaryEmbedding",

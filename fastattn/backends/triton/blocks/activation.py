@@ -6,16 +6,16 @@ import triton.language as tl
 ROOT_HALF: tl.constexpr = tl.constexpr(0.7071067811865476)
 ROOT_TAU_INVERSE: tl.constexpr = tl.constexpr(0.3989422804014327)  # 1 / √(2π)
 TWO_ROOT: tl.constexpr = tl.constexpr(1.5957691216057308)  # 2 √(2/π)
-CUBIC: tl.constexpr = tl.constexpr(0.044715)
+CUBIC: tl.constexpr = tl.constexpr(0.044715 * 1.5957691216057308)
 
 
 @triton.jit
-def sigmoids(z):
-    """σ(z), and σ(-z) = 1 - σ(z) without the cancellation; nothing overflows."""
+def _times_sigmoid(x, z):
+    """x σ(z), σ(z) and σ(-z) = 1 - σ(z) without the cancellation; nothing overflows."""
     e = tl.exp(-tl.abs(z))
-    large = 1.0 / (1.0 + e)
-    small = e * large
-    return tl.where(z < 0.0, small, large), tl.where(z < 0.0, large, small)
+    near_1, near_0 = 1.0 / (1.0 + e), e / (1.0 + e)
+    below = z < 0.0
+    return tl.where(below, x * e, x) / (1.0 + e), tl.where(below, near_0, near_1), tl.where(below, near_1, near_0)
 
 
 @triton.jit
@@ -26,7 +26,7 @@ def _normal_cdf(x):
 @triton.jit
 def _tanh_argument(x):
     """z = 2 √(2/π) (x + 0.044715 x³): ½ (1 + tanh ½z) is σ(z)."""
-    return (x + x * x * x * CUBIC) * TWO_ROOT
+    return x * (TWO_ROOT + CUBIC * x * x)
 
 
 @triton.jit
@@ -35,8 +35,8 @@ def activate(x, ACTIVATION: tl.constexpr):
     if ACTIVATION == "gelu":
         return x * _normal_cdf(x)
     else:
-        p, _ = sigmoids(x if ACTIVATION == "silu" else _tanh_argument(x))
-        return x * p
+        a, _, _ = _times_sigmoid(x, x if ACTIVATION == "silu" else _tanh_argument(x))
+        return a
 
 
 @triton.jit
@@ -47,12 +47,12 @@ def activate_with_slope(x, ACTIVATION: tl.constexpr):
     """
     if ACTIVATION == "gelu":
         p = _normal_cdf(x)
-        slope = p + x * (tl.exp(-0.5 * x * x) * ROOT_TAU_INVERSE)
+        a, slope = x * p, p + x * (tl.exp(-0.5 * x * x) * ROOT_TAU_INVERSE)
     elif ACTIVATION == "silu":
-        p, q = sigmoids(x)
-        slope = p + x * (p * q)
+        a, p, q = _times_sigmoid(x, x)
+        slope = p + a * q
     else:
-        p, q = sigmoids(_tanh_argument(x))
+        a, p, q = _times_sigmoid(x, _tanh_argument(x))
         near = tl.minimum(tl.maximum(x, -16.0), 16.0)  # beyond, p · q is 0 in fp32, and x² might overflow
-        slope = p + x * (p * q) * ((1.0 + near * near * (3.0 * CUBIC)) * TWO_ROOT)
-    return x * p, slope
+        slope = p + a * q * (TWO_ROOT + 3.0 * CUBIC * near * near)
+    return a, slope

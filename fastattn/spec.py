@@ -237,3 +237,6 @@ class LinearCrossEntropySpec:
     @property
     def dtype(self) -> torch.dtype:
         return self.loss.dtype
+
+
+Spec: TypeAlias = AttentionSpec | NormSpec | SoftmaxSpec | ElementwiseSpec | CrossEntropySpec | LinearCrossEntropySpec

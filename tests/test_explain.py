@@ -140,7 +140,9 @@ def entered(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
 
     def watch(name: str, entry: Callable) -> Callable:
         def watched(*args, **kwargs):
-            log.extend((name, a) for a in args if isinstance(a, (AttentionSpec, NormSpec, SoftmaxSpec, ElementwiseSpec)))
+            log.extend(
+                (name, a) for a in args if isinstance(a, (AttentionSpec, NormSpec, SoftmaxSpec, ElementwiseSpec))
+            )
             return entry(*args, **kwargs)
 
         return watched

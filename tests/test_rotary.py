@@ -86,8 +86,7 @@ def plain(x: Tensor, cos: Tensor, sin: Tensor, interleaved=False, position_ids=N
     if cu_seqlens is not None:
         bounds = cu_seqlens.tolist()
         parts = [
-            plain(x[a:b], cos, sin, interleaved, torch.arange(b - a, device=x.device))
-            for a, b in pairwise(bounds)
+            plain(x[a:b], cos, sin, interleaved, torch.arange(b - a, device=x.device)) for a, b in pairwise(bounds)
         ]
         return torch.cat([*parts, x[bounds[-1] :]])
     tokens = x.shape[0] if x.dim() == 3 else x.shape[2]

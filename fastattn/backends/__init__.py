@@ -9,22 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import ModuleType
-from typing import TypeAlias
 
 import torch
 
 from fastattn.backends import eager, reference, triton
 from fastattn.errors import ArgumentError, ArgumentTypeError, UnsupportedError, kind
-from fastattn.spec import (
-    AttentionSpec,
-    CrossEntropySpec,
-    ElementwiseSpec,
-    LinearCrossEntropySpec,
-    NormSpec,
-    SoftmaxSpec,
-)
-
-Spec: TypeAlias = AttentionSpec | NormSpec | SoftmaxSpec | ElementwiseSpec | CrossEntropySpec | LinearCrossEntropySpec
+from fastattn.spec import Spec
 
 _BACKENDS: dict[str, ModuleType] = {backend.NAME: backend for backend in (triton, eager, reference)}
 ORDER: tuple[str, ...] = tuple(_BACKENDS)

@@ -26,6 +26,7 @@ from fastattn.spec import (
     NormSpec,
     RotarySpec,
     SoftmaxSpec,
+    Spec,
 )
 from fastattn.tracing import is_plain
 
@@ -41,17 +42,11 @@ def available(device: torch.device) -> str | None:
     return None
 
 
-def unsupported(
-    spec: AttentionSpec | NormSpec | SoftmaxSpec | ElementwiseSpec | CrossEntropySpec | LinearCrossEntropySpec,
-    device: torch.device,
-) -> str | None:
+def unsupported(spec: Spec, device: torch.device) -> str | None:
     return None
 
 
-def describe(
-    spec: AttentionSpec | NormSpec | SoftmaxSpec | ElementwiseSpec | CrossEntropySpec | LinearCrossEntropySpec,
-    device: torch.device,
-) -> str:
+def describe(spec: Spec, device: torch.device) -> str:
     if isinstance(spec, ElementwiseSpec):
         return "reference operations: torch has no such fused function"
     if isinstance(spec, AttentionSpec):

@@ -26,12 +26,12 @@ from fastattn.spec import (
     AttentionSpec,
     CrossEntropySpec,
     DropoutAddSpec,
-    ElementwiseSpec,
     GatedSpec,
     LinearCrossEntropySpec,
     NormSpec,
     RotarySpec,
     SoftmaxSpec,
+    Spec,
 )
 
 NAME = "reference"
@@ -42,17 +42,11 @@ def available(device: torch.device) -> str | None:
     return None
 
 
-def unsupported(
-    spec: AttentionSpec | NormSpec | SoftmaxSpec | ElementwiseSpec | CrossEntropySpec | LinearCrossEntropySpec,
-    device: torch.device,
-) -> str | None:
+def unsupported(spec: Spec, device: torch.device) -> str | None:
     return None
 
 
-def describe(
-    spec: AttentionSpec | NormSpec | SoftmaxSpec | ElementwiseSpec | CrossEntropySpec | LinearCrossEntropySpec,
-    device: torch.device,
-) -> str:
+def describe(spec: Spec, device: torch.device) -> str:
     return "plain torch operations, unfused"
 
 

@@ -25,7 +25,6 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
-from fastattn.backends import Spec
 from fastattn.errors import UnsupportedError
 from fastattn.ops.custom_ops import as_tuple, backward_op, forward_op
 from fastattn.ops.differentiate import Tensors, forward_mode, jvp, vjp, without_tangents
@@ -36,6 +35,7 @@ from fastattn.ops.functions import (
     transformable_backward,
     transformable_function,
 )
+from fastattn.spec import Spec
 from fastattn.tracing import is_plain
 
 Mapped = tuple[Tensors, tuple[int, ...]]  # outputs and the dimension of each that vmap added

@@ -25,6 +25,7 @@ from fastattn.spec import (
     NormSpec,
     RotarySpec,
     SoftmaxSpec,
+    Spec,
 )
 
 NAME = "triton"
@@ -61,10 +62,7 @@ def _available(device: torch.device) -> str | None:
     return None
 
 
-def unsupported(
-    spec: AttentionSpec | NormSpec | SoftmaxSpec | ElementwiseSpec | CrossEntropySpec | LinearCrossEntropySpec,
-    device: torch.device,
-) -> str | None:
+def unsupported(spec: Spec, device: torch.device) -> str | None:
     if isinstance(spec, AttentionSpec) and spec.fp8:
         if why := _no_fp8(device):
             return why
@@ -124,10 +122,7 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def describe(
-    spec: AttentionSpec | NormSpec | SoftmaxSpec | ElementwiseSpec | CrossEntropySpec | LinearCrossEntropySpec,
-    device: torch.device,
-) -> str:
+def describe(spec: Spec, device: torch.device) -> str:
     how = "interpreted" if INTERPRET else "compiled"
     if isinstance(spec, LinearCrossEntropySpec):
         rows = spec.chunk_size or "as fit 64 MiB of logits, or half of weight's bytes"

@@ -30,7 +30,15 @@ from triton.runtime.errors import PTXASError
 MODULES = tuple(
     f"fastattn.backends.triton.{name}"
     for name in (
-        "attention_fwd", "attention_bwd", "attention_jvp", "norm", "softmax", "cross_entropy", "gated", "rotary",
+        "attention_fwd",
+        "attention_bwd",
+        "attention_jvp",
+        "norm",
+        "softmax",
+        "cross_entropy",
+        "linear_cross_entropy",
+        "gated",
+        "rotary",
         "dropout_add",
     )
 )

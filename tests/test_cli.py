@@ -66,6 +66,15 @@ def test_explain_says_what_runs_and_why_not_the_others() -> None:
         ("layer_norm --shape 3 5 64", "torch layer_norm"),
         ("softmax --shape 2 8 8 --dim 1 --dtype float64", "torch softmax"),
         ("softmax --shape 2 8 8 --causal", "softmax has no mask"),
+        ("rotary_embedding --shape 1 2 5 8", "torch has no such fused function"),
+        ("swiglu --shape 3 8", "torch has no such fused function"),
+        ("geglu --shape 3 8", "torch has no such fused function"),
+        ("dropout_add --shape 3 8", "torch has no such fused function"),
+        ("cross_entropy", "torch cross_entropy"),
+        ("cross_entropy --shape 7", "torch cross_entropy"),
+        ("cross_entropy --shape 2 7 3 --softcap 30", "torch's cross_entropy has no z_loss"),
+        ("linear_cross_entropy --shape 2 3 8 --classes 9", "torch cross_entropy"),
+        ("linear_cross_entropy --shape 3 8 --z-loss 1e-4", "torch's cross_entropy has no z_loss"),
     ],
 )
 def test_explain_passes_its_options_on(arguments: str, how: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -104,6 +113,8 @@ def test_inspect_leaves_the_interpreter_by_itself(tmp_path: Path) -> None:
         ("explain varlen_attention --device cpu --causal --keys 7 9 4", "causal=True` is ambiguous"),
         ("explain varlen_attention --device cpu --keys 7", "`cu_seqlens_k` has 2 entries and `cu_seqlens_q` has 4"),
         ("explain softmax --device cpu --dim 5", "`dim` is 5"),
+        ("explain cross_entropy --device cpu --shape 3 5 --softcap -1", "`softcap` is -1.0"),
+        ("explain linear_cross_entropy --device cpu --z-loss -1", "`z_loss` is -1.0"),
         ("inspect --arch sm_75", "argument --arch: invalid choice: 'sm_75'"),
     ],
 )

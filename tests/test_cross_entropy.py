@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from module_parity import run
 from torch import Tensor
 from torch.func import grad, hessian, jvp, vmap
 from torch.testing._internal.common_methods_invocations import op_db
+from torch.testing._internal.common_modules import module_db
 
 import fastattn
 from fastattn import nn
@@ -80,12 +87,45 @@ def inputs_of(case: Case, device) -> tuple[Tensor, Tensor, Tensor | None]:
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_cross_entropy(case: Case, reduction: str, backend: str, device: torch.device):
+    check(case, reduction, backend, device)
+
+
+@st.composite
+def calls(draw) -> tuple[Case, str]:
+    """A case of any combination of options, and a reduction."""
+    V = draw(st.sampled_from([1, 2, 5, 31, 128, 1100]))
+    shape = draw(st.sampled_from([(V,), (0, V), (1, V), (7, V), (2, V, 3), (2, V, 2, 3)]))
+    rows = math.prod(shape) // V
+    present = {
+        "label_smoothing": st.sampled_from([0.1, 1.0]),
+        "z_loss": st.sampled_from([1e-3, 0.5]),
+        "softcap": st.sampled_from([0.5, 30.0]),
+        "inplace_backward": st.just(True),
+    }
+    chosen = draw(st.sets(st.sampled_from(sorted(present))))
+    case = Case(
+        "drawn", shape, draw(st.sampled_from([F32, F16, BF16])), draw(st.booleans()), draw(st.booleans()),
+        draw(st.integers(0, rows)), draw(st.sampled_from(["contiguous", "strided"])),
+        {name: draw(present[name]) for name in sorted(chosen)},
+    )  # fmt: skip
+    return case, draw(st.sampled_from(["none", "mean", "sum"]))
+
+
+@settings(max_examples=50, derandomize=True, deadline=None, database=None)
+@given(call=calls())
+def test_any_call(call, device: torch.device):
+    check(*call, "triton", device)
+
+
+def check(case: Case, reduction: str, backend: str, device: torch.device) -> None:
+    """Loss and gradient of one backend, held to float64."""
     x, target, weight = inputs_of(case, device)
 
     def run(backend, dtype) -> tuple[Tensor, Tensor]:
         leaf = x.detach().to(dtype).requires_grad_()
+        logits = leaf.clone() if case.options.get("inplace_backward") else leaf
         t, w = target.to(dtype) if case.probabilities else target, None if weight is None else weight.to(dtype)
-        loss = fastattn.cross_entropy(leaf, t, w, reduction=reduction, backend=backend, **case.options)
+        loss = fastattn.cross_entropy(logits, t, w, reduction=reduction, backend=backend, **case.options)
         factor = torch.linspace(0.5, 2, loss.numel(), device=device).view(loss.shape).to(dtype)
         return loss, torch.autograd.grad(loss, leaf, factor)[0]
 
@@ -171,6 +211,32 @@ def test_class_that_does_not_exist_is_never_a_loss_of_zero(bad, device):
         fastattn.cross_entropy(x.cpu(), t.cpu())
 
 
+ASSERTED = """
+import dataclasses, sys
+import torch
+import fastattn
+from triton import knobs
+from triton.runtime.interpreter import interpreter_builder
+
+assert knobs.runtime.debug  # what the interpreter, unlike the compiler, does not pass on
+interpreter_builder.options = dataclasses.replace(interpreter_builder.options, debug=True)
+device, reduction = sys.argv[1:3]
+x, target = torch.zeros(3, 5, device=device), torch.tensor([1, int(sys.argv[3]), 2], device=device)
+options = torch.float32, -100, reduction, 0.0, 0.0, None, False, "triton"
+print(torch.ops.fastattn.cross_entropy(x, target, None, *options)[0].tolist())
+"""
+
+
+@pytest.mark.parametrize(("bad", "reduction"), [(5, "none"), (-1, "mean"), (4, "mean")])
+def test_kernel_asserts_that_classes_exist_if_triton_is_told_to_debug(bad, reduction, device):
+    """In a process of its own, which on a GPU an assertion ends; of classes 0 to 4 the last is right."""
+    environment = {**os.environ, "TRITON_DEBUG": "1", "TRITON_INTERPRET": str(int(device.type == "cpu"))}
+    command = [sys.executable, "-c", ASSERTED, device.type, reduction, str(bad)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode == 0) == (bad == 4), done.stderr
+    assert ("cross_entropy: a target is neither a class nor ignore_index" in done.stderr) == (bad != 4)
+
+
 def test_in_place(device):
     leaf = torch.randn(6, 50, device=device, requires_grad=True)
     target = torch.arange(6, device=device)
@@ -238,9 +304,8 @@ def test_transforms(device):
 def test_double_backward_is_refused_by_name(device):
     x = torch.randn(3, 9, device=device, requires_grad=True)
     loss = fastattn.cross_entropy(x, torch.arange(3, device=device), backend="triton")
-    (dx,) = torch.autograd.grad(loss, x, create_graph=True)
-    with pytest.raises(UnsupportedError, match="cannot be differentiated again"):
-        dx.square().sum().backward()
+    with pytest.raises(UnsupportedError, match=r"cross_entropy: .*its gradient cannot be differentiated again"):
+        torch.autograd.grad(torch.autograd.grad(loss, x, create_graph=True)[0].square().sum(), x)
 
 
 @pytest.mark.parametrize("probabilities", [False, True])
@@ -300,6 +365,20 @@ def test_torchs_samples(dtype, device):
     assert n > 20
 
 
+@pytest.mark.parametrize("dtype", [F32, torch.float64], ids=str)
+def test_torchs_module_samples(dtype, device):
+    """module_db's samples of CrossEntropyLoss, of which some ignore every row."""
+    (info,) = (info for info in module_db if info.module_cls is torch.nn.CrossEntropyLoss)
+    torch.manual_seed(0)
+    samples = info.module_inputs_func(info, device=device, dtype=dtype, requires_grad=True, training=True)
+    assert len(samples) > 100
+    for sample in samples[:: 1 if dtype == torch.float64 else 3]:
+        args, kwargs = sample.constructor_input.args, sample.constructor_input.kwargs
+        modules = (library.CrossEntropyLoss(*args, **kwargs).to(device, dtype) for library in (torch.nn, nn))
+        results = [run(module, sample.forward_input.args, sample.forward_input.kwargs) for module in modules]
+        torch.testing.assert_close(*results, equal_nan=True)
+
+
 X, T = torch.zeros(3, 5), torch.tensor([0, 1, 2])
 WRONG = {
     "logits_list": (([1.0], T), {}, ArgumentTypeError, "`logits` is a list"),
@@ -347,3 +426,76 @@ def test_module_is_torchs(device):
     module.load_state_dict(theirs.state_dict())
     x, t = torch.randn(5, 9, device=device), torch.arange(5, device=device)
     torch.testing.assert_close(module(x, t), theirs(x, t))
+
+
+@pytest.mark.parametrize(("dtype", "V"), [(torch.uint8, 256), (torch.uint8, 300), (torch.int8, 128), (torch.int16, 70)])
+@pytest.mark.parametrize("backend", ["triton", "eager", "reference"])
+def test_narrow_classes_are_not_wrapped(dtype, V, backend, device):
+    """As many classes as the dtype has numbers; and 156, which is -100 in eight bits, is not ignored."""
+    (x,) = make_inputs((4, V), device=device)
+    t = torch.tensor([0, 1, 69, min(156, V - 1, torch.iinfo(dtype).max)], device=device)
+    expected = fastattn.cross_entropy(x, t, z_loss=1e-3, backend="reference")
+    torch.testing.assert_close(fastattn.cross_entropy(x, t.to(dtype), z_loss=1e-3, backend=backend), expected)
+    torch.testing.assert_close(
+        fastattn.cross_entropy(x, t.to(dtype), backend=backend), torch.nn.functional.cross_entropy(x, t)
+    )
+
+
+@pytest.mark.parametrize("backend", ["triton", "eager", "reference"])
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"reduction": "none"}], ids=str)
+def test_ignored_rows_hold_whatever_they_hold(options, backend, device):
+    x, weight = make_inputs((3, 9), (9,), device=device)
+    t = torch.tensor([2, -100, 5], device=device)
+    results = []
+    for garbage in (0.0, torch.nan, torch.inf):
+        leaf = x.clone()
+        leaf[1] = garbage
+        leaf.requires_grad_()
+        loss = fastattn.cross_entropy(leaf, t, weight.abs(), backend=backend, **options)
+        results.append((loss, torch.autograd.grad(loss.sum(), leaf)[0]))
+    for loss, dx in results[1:]:
+        assert torch.equal(loss, results[0][0])
+        assert torch.equal(dx, results[0][1])
+
+
+def test_an_option_of_a_wrong_type_is_refused_after_a_right_one_too(device):
+    """1 == True, and plans of calls are remembered."""
+    x, t = torch.zeros(2, 4, device=device), torch.ones(2, dtype=torch.int64, device=device)
+    fastattn.cross_entropy(x, t, ignore_index=1)
+    with pytest.raises(fastattn.errors.ArgumentTypeError, match="`ignore_index` is a bool"):
+        fastattn.cross_entropy(x, t, ignore_index=True)
+
+
+def test_no_second_derivative_is_silently_zero(device):
+    """Not even where the loss itself leads to the logits: it is refused before it can be asked for."""
+    (x,) = make_inputs((3, 9), device=device)
+    t = torch.arange(3, device=device)
+
+    def loss(x):
+        return fastattn.cross_entropy(x, t, backend="triton")
+
+    with pytest.raises(UnsupportedError, match="create_graph=True"):
+        torch.autograd.functional.hessian(loss, x)
+    value = loss(leaf := x.requires_grad_())
+    with pytest.raises(UnsupportedError, match="create_graph=True"):
+        torch.autograd.grad(value, leaf, create_graph=True)
+
+
+def test_logits_are_not_written_over_where_targets_lie_in_them(device):
+    (h,) = make_inputs((6, 40), device=device)
+    leaf = h.requires_grad_()
+    logits = leaf * 1.0
+    with pytest.raises(fastattn.errors.ArgumentError, match="`target` lies in the memory of `logits`"):
+        fastattn.cross_entropy(logits[1:], logits.detach()[:-1], inplace_backward=True, backend="triton")
+
+
+def test_what_a_hook_keeps_is_not_written_over(device):
+    """The last backward scales the gradient in its own memory, unless somebody else was given that to keep."""
+    (x,) = make_inputs((4, 9), device=device)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        loss = fastattn.cross_entropy(x.requires_grad_(), torch.arange(4, device=device), backend="triton")
+    before = [t.clone() for t in kept]
+    (loss * 3.0).backward()
+    assert before
+    assert all(torch.equal(a, b) for a, b in zip(before, kept, strict=True))

@@ -12,17 +12,29 @@ import torch
 import fastattn
 from fastattn import backends
 from fastattn.errors import UnsupportedError
-from fastattn.spec import AttentionSpec, ElementwiseSpec, NormSpec, SoftmaxSpec
+from fastattn.spec import (
+    AttentionSpec,
+    CrossEntropySpec,
+    ElementwiseSpec,
+    LinearCrossEntropySpec,
+    NormSpec,
+    SoftmaxSpec,
+)
 
 F64 = torch.float64
+SPECS = (AttentionSpec, NormSpec, SoftmaxSpec, ElementwiseSpec, CrossEntropySpec, LinearCrossEntropySpec)
 ELEMENTWISE = {
     "triton": ("gated_forward", "dropout_add_forward", "rotary_embedding"),
     "composite": ("gated", "dropout_add", "rotary_embedding"),
 }
+LOSSES = {
+    "triton": ("cross_entropy_forward", "linear_cross_entropy_forward"),
+    "composite": ("cross_entropy", "linear_cross_entropy"),
+}
 ENTRIES = {  # what a call enters a backend by
-    "triton": ("attention_forward", "norm_forward", "softmax_forward", *ELEMENTWISE["triton"]),
-    "eager": ("attention", "norm", "softmax", *ELEMENTWISE["composite"]),
-    "reference": ("attention", "norm", "softmax", *ELEMENTWISE["composite"]),
+    "triton": ("attention_forward", "norm_forward", "softmax_forward", *ELEMENTWISE["triton"], *LOSSES["triton"]),
+    "eager": ("attention", "norm", "softmax", *ELEMENTWISE["composite"], *LOSSES["composite"]),
+    "reference": ("attention", "norm", "softmax", *ELEMENTWISE["composite"], *LOSSES["composite"]),
 }
 
 
@@ -50,6 +62,8 @@ class Call:
             others = (8,)
         elif self.fn is fastattn.varlen_attention:
             others = *(torch.tensor(cu, dtype=torch.int32, device=device) for cu in ([0, 3, 7], [0, 4, 9])), 4, 5
+        elif self.fn in (fastattn.cross_entropy, fastattn.linear_cross_entropy):
+            others = (torch.ones(3, dtype=torch.int64, device=device),)
         return (*args, *others), {**tensors, **self.options}
 
 
@@ -76,6 +90,11 @@ def rows(fn: Callable, name: str, why: str = "", dtype=torch.float32, tensors=()
 
 def pair(fn: Callable, name: str, why: str = "", dtype=torch.float32) -> Call:
     return Call(name, fn, ((3, 8), (3, 8)), "eager" if why else "triton", why, dtype)
+
+
+def loss(fn: Callable, name: str, why: str = "", dtype=torch.float32, tensors=(), **options) -> Call:
+    shapes = ((3, 8),) if fn is fastattn.cross_entropy else ((3, 8), (5, 8))
+    return Call(name, fn, shapes, "eager" if why else "triton", why, dtype, options, dict(tensors))
 
 
 BOOLS, FLOATS = ((5, 5), torch.bool), ((5, 5), torch.float32)
@@ -126,6 +145,13 @@ CALLS = [
     *(pair(fn, "float64", "dtype float64", F64) for fn in (fastattn.swiglu, fastattn.geglu, fastattn.dropout_add)),
     Call("plain", fastattn.rotary_embedding, ((1, 2, 5, 8), (5, 4), (5, 4))),
     Call("float64", fastattn.rotary_embedding, ((1, 2, 5, 8), (5, 4), (5, 4)), "eager", "dtype float64", F64),
+    *(loss(fn, "plain") for fn in (fastattn.cross_entropy, fastattn.linear_cross_entropy)),
+    *(loss(fn, "float64", "dtype float64", F64) for fn in (fastattn.cross_entropy, fastattn.linear_cross_entropy)),
+    loss(fastattn.cross_entropy, "options", reduction="sum", label_smoothing=0.1, z_loss=0.1, softcap=2.0),
+    loss(fastattn.cross_entropy, "weight", tensors={"weight": ((8,), torch.float16)}, ignore_index=2),
+    loss(fastattn.linear_cross_entropy, "options", reduction="none", chunk_size=2, z_loss=0.1, softcap=2.0),
+    loss(fastattn.linear_cross_entropy, "bias", tensors={"bias": ((5,), torch.float32)}),
+    loss(fastattn.linear_cross_entropy, "class_weight", tensors={"class_weight": ((5,), torch.float16)}),
 ]
 WITH_CHOICE = [call for call in CALLS if call.fn is not fastattn.scaled_dot_product_attention]
 ASKED_FOR = [
@@ -140,9 +166,7 @@ def entered(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
 
     def watch(name: str, entry: Callable) -> Callable:
         def watched(*args, **kwargs):
-            log.extend(
-                (name, a) for a in args if isinstance(a, (AttentionSpec, NormSpec, SoftmaxSpec, ElementwiseSpec))
-            )
+            log.extend((name, a) for a in args if isinstance(a, SPECS))
             return entry(*args, **kwargs)
 
         return watched

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.func import grad, jvp
+from torch.testing._internal.common_methods_invocations import op_db
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastattn
 from fastattn import nn
+from fastattn.backends.triton import linear_cross_entropy as triton_backend
 from fastattn.errors import ArgumentError, ArgumentTypeError, FastattnError, UnsupportedError
+from fastattn.spec import CrossEntropySpec, LinearCrossEntropySpec
 from fastattn.testing import assert_close, make_inputs
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
@@ -27,11 +32,102 @@ CASES = {  # name -> (dtype, bias, class weight, probabilities, chunk_size, opti
 }
 
 
+SLICED = {  # one chunk of 13 rows or two of 10 and 3, each in slices of 16, 16 and 5 of the 37 classes
+    "plain": (F32, False, False, False, 13, {}),
+    "smoothing": (F32, True, True, False, 13, {"label_smoothing": 0.3}),
+    "z_loss": (F32, False, False, False, 10, {"z_loss": 0.1}),
+    "softcap": (F32, True, False, False, 10, {"softcap": 1.5}),
+    "everything": (F32, True, True, False, 10, ALL),
+    "probabilities": (F32, False, False, True, 13, {}),
+    "probabilities_everything": (F32, True, True, True, 10, ALL),
+    "bf16": (BF16, False, False, False, 13, {}),
+    "bf16_everything": (BF16, True, True, False, 10, ALL),
+    "fp16": (F16, True, True, False, 10, {}),
+}
+
+
 @pytest.mark.parametrize("backend", ["triton", "eager"])
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("case", CASES)
 def test_linear_cross_entropy(case, reduction, backend, device):
-    dtype, with_bias, weighted, probabilities, chunk_size, options = CASES[case]
+    check(*CASES[case], reduction, backend, device)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("case", SLICED)
+def test_slices_of_the_classes(case, reduction, device, monkeypatch):
+    """As if memory were short: the classes are walked through in slices, which do not divide their number."""
+    monkeypatch.setattr(triton_backend, "CHUNK_BYTES", 1)
+    dtype, _, _, _, chunk_size, _ = SLICED[case]
+    assert triton_backend.chunk_of(N, V, E, dtype.itemsize, chunk_size) == (chunk_size, 16)
+    check(*SLICED[case], reduction, "triton", device)
+
+
+@pytest.mark.parametrize("options", [{}, ALL], ids=["plain", "everything"])
+def test_slices_of_several_tiles(options, device, monkeypatch):
+    """Against float64, and as close to it as without slices."""
+    V = 45_000
+    hidden, weight = make_inputs((3, 2), (V, 2), device=device)
+    target = torch.tensor([V - 1, 17, 20_001], device=device)
+    results = []
+    for classes, dtype in ((20_000, F32), (V, F32), (V, torch.float64)):
+        monkeypatch.setattr(triton_backend, "CHUNK_BYTES", 3 * classes * F32.itemsize)
+        assert triton_backend.chunk_of(3, V, 2, F32.itemsize, 3) == (3, classes)
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (hidden, weight)]
+        loss = fastattn.linear_cross_entropy(*leaves, target, chunk_size=3, **options)
+        results.append((loss, *torch.autograd.grad(loss, leaves)))
+    for name, sliced, whole, exact in zip(("loss", "dhidden", "dweight"), *results, strict=True):
+        assert_close(sliced, exact, whole, name)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)
+@pytest.mark.parametrize("where", [slice(0, 16), slice(16, 20), slice(0, V)], ids=["first", "second", "all"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_non_finite_slices_are_as_torch_has_them(smoothing, where, value, device, monkeypatch):
+    monkeypatch.setattr(triton_backend, "CHUNK_BYTES", 1)
+    assert triton_backend.chunk_of(N, V, E, 4, N) == (N, 16)
+    hidden, weight = make_inputs((N, E), (V, E), device=device)
+    bias = torch.zeros(V, device=device)
+    bias[where] = value
+    target = torch.arange(0, V, 3, device=device)  # of every slice
+
+    def theirs(hidden, weight, target, bias, **options):
+        return torch.nn.functional.cross_entropy(torch.nn.functional.linear(hidden, weight, bias), target, **options)
+
+    results = []
+    for f in (theirs, lambda *args, **kwargs: fastattn.linear_cross_entropy(*args, chunk_size=N, **kwargs)):
+        leaf = hidden.clone().requires_grad_()
+        losses = f(leaf, weight, target, bias, reduction="none", label_smoothing=smoothing)
+        results.append((losses, torch.autograd.grad(losses.sum(), leaf)[0]))
+    torch.testing.assert_close(*results, equal_nan=True)
+
+
+@settings(max_examples=20, derandomize=True, deadline=None, database=None)
+@given(
+    dtype=st.sampled_from([F32, F16, BF16]),
+    with_bias=st.booleans(),
+    weighted=st.booleans(),
+    probabilities=st.booleans(),
+    chunk_size=st.sampled_from([None, 1, 5, 10, N, 100]),
+    options=st.fixed_dictionaries(
+        {},
+        optional={
+            "label_smoothing": st.sampled_from([0.1, 1.0]),
+            "z_loss": st.sampled_from([1e-3, 0.5]),
+            "softcap": st.sampled_from([0.5, 30.0]),
+        },
+    ),
+    reduction=st.sampled_from(["none", "mean", "sum"]),
+    budget=st.sampled_from([1, triton_backend.CHUNK_BYTES]),
+)
+def test_any_call(budget, device, **call):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_backend, "CHUNK_BYTES", budget)
+        check(**call, backend="triton", device=device)
+
+
+def check(dtype, with_bias, weighted, probabilities, chunk_size, options, reduction, backend, device):
+    """Loss and gradients of one backend, held to float64."""
     tensors = make_inputs((N, E), (V, E), (V,), dtype=dtype, device=device)
     leaves = tensors if with_bias else tensors[:2]
     generator = torch.Generator().manual_seed(1)
@@ -82,32 +178,37 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize("reduction", ["none", "mean"])
-def test_logits_are_never_held(reduction, dtype, device):
-    """Below the operator nothing has N × V elements, nor more than a chunk of logits or weight."""
-    from fastattn.backends.triton.linear_cross_entropy import launch
-    from fastattn.spec import CrossEntropySpec, LinearCrossEntropySpec
-
-    N, E, V, chunk = 96, 8, 64, 8
+@pytest.mark.parametrize("sliced", [False, True], ids=["whole", "sliced"])
+def test_logits_are_never_held(sliced, reduction, dtype, device, monkeypatch):
+    """Below the operator nothing has N × V elements, nor more than the logits that are held at once, or weight."""
+    N, E, V, chunk = 96, 2, 200, 8
+    budget = 64 * chunk if sliced else V * chunk
+    monkeypatch.setattr(triton_backend, "CHUNK_BYTES", budget * dtype.itemsize)
     hidden, weight = make_inputs((N, E), (V, E), dtype=dtype, device=device)
     target = torch.arange(N, device=device) % V
     spec = LinearCrossEntropySpec(CrossEntropySpec(dtype, dtype, torch.int64, reduction=reduction), chunk)
     losses = torch.empty(N, device=device)
     gradients = torch.empty_like(hidden), torch.empty_like(weight), None
     with Largest() as largest:
-        launch(losses, gradients, hidden, weight, target, None, None, None, None, spec)
-    assert largest.numel <= max(chunk * V, V * E, N * E)
+        triton_backend.launch(losses, gradients, hidden, weight, target, None, None, None, None, spec)
+    assert largest.numel == budget
+    assert budget >= max(V * E, N * E)
     assert losses.isfinite().all()
 
 
 def test_default_chunk_keeps_its_bound():
-    from fastattn.backends.triton.linear_cross_entropy import CHUNK_BYTES, LEAST_ROWS, rows_of_chunk
-
-    for V in (1, 1000, 32_000, 131_072, 262_144):
+    """The sizes of vocabularies in use, and beyond."""
+    least = triton_backend.LEAST_ROWS
+    for V in (0, 1, 1000, 32_000, 131_072, 262_144, 10_000_001):
         for E in (1, 512, 4096):
             for size in (2, 4):
-                rows = rows_of_chunk(1 << 20, V, E, size)
-                assert rows == LEAST_ROWS or rows * V * size <= max(CHUNK_BYTES, V * E * size // 2)
-                assert rows >= LEAST_ROWS
+                rows, classes = triton_backend.chunk_of(1 << 20, V, E, size, None)
+                assert rows * classes * size <= max(triton_backend.CHUNK_BYTES, V * E * size // 2)
+                assert rows == least or (rows > least and classes == V)
+                assert classes == V or classes % triton_backend.LEAST_CLASSES == 0
+    assert triton_backend.chunk_of(100, 262_144, 64, 2, 50) == (50, 262_144)
+    assert triton_backend.chunk_of(100, 1 << 30, 1, 2, 50) == (50, (1 << 29) // 50 // 16 * 16)
+    assert triton_backend.chunk_of(1 << 30, 1000, 1, 2, 1 << 30) == (1 << 30, 16)
 
 
 @pytest.mark.parametrize("backend", ["triton", "eager"])
@@ -166,9 +267,9 @@ def test_opcheck(name, device):
 
 def test_double_backward_is_refused_by_name(device):
     leaves = [t.requires_grad_() for t in make_inputs((5, 8), (9, 8), (9,), device=device)]
-    grads = torch.autograd.grad(loss_of("triton")(*leaves), leaves, create_graph=True)
-    with pytest.raises(UnsupportedError, match="linear_cross_entropy: its gradient cannot be differentiated again"):
-        sum(g.square().sum() for g in grads).backward()
+    loss = loss_of("triton")(*leaves)
+    with pytest.raises(UnsupportedError, match=r"linear_cross_entropy: .*its gradient cannot be differentiated again"):
+        torch.autograd.grad(torch.autograd.grad(loss, leaves, create_graph=True)[0].square().sum(), leaves)
 
 
 @pytest.mark.parametrize("backend", ["triton", "eager"])
@@ -186,6 +287,43 @@ def test_autocast_gives_torchs_dtypes(backend, device):
         results.append((loss, *torch.autograd.grad(loss, leaves)))
     assert [t.dtype for t in results[0]] == [t.dtype for t in results[1]]
     torch.testing.assert_close(*results, rtol=2e-2, atol=2e-2)
+
+
+def of_torchs_sample(sample):
+    """Our keywords for torch's: (hidden, weight, target, bias), options."""
+    kwargs = dict(sample.kwargs)
+    bias, class_weight = kwargs.pop("linear_bias", None), kwargs.pop("weight", None)
+    options = kwargs.pop("options", None)
+    chunk_size = None if options is None else options.batch_chunk_size
+    return (sample.input, *sample.args, bias), {"class_weight": class_weight, "chunk_size": chunk_size, **kwargs}
+
+
+TORCHS = [op for op in op_db if op.name == "nn.functional.linear_cross_entropy"]  # of torch 2.13 and later
+
+
+@pytest.mark.parametrize("dtype", [F32, torch.float64], ids=str)
+@pytest.mark.parametrize("op", TORCHS, ids=lambda op: op.variant_test_name or "plain")
+def test_torchs_samples(op, dtype, device):
+    """op_db's samples; those whose classes have several dimensions are refused."""
+    torch.manual_seed(0)
+    samples = list(op.sample_inputs(device, dtype, requires_grad=True))
+    accepted = [sample for sample in samples if sample.args[0].dim() == 2]
+    assert len(accepted) > 30
+    for sample in accepted[:: 1 if dtype == torch.float64 else 3]:
+        args, options = of_torchs_sample(sample)
+        leaves = [t for t in args if t is not None and t.requires_grad]
+        results = []
+        for loss in (
+            op.op(sample.input, *sample.args, **sample.kwargs),
+            fastattn.linear_cross_entropy(*args, **options),
+        ):
+            results.append((loss, torch.autograd.grad(loss.sum(), leaves)))
+        torch.testing.assert_close(*results, equal_nan=True)
+    for sample in samples:
+        if sample.args[0].dim() > 2:
+            args, options = of_torchs_sample(sample)
+            with pytest.raises(ArgumentError, match=r"they must be \(…, E\) and \(V, E\)"):
+                fastattn.linear_cross_entropy(*args, **options)
 
 
 H, W, T = torch.zeros(3, 8), torch.zeros(5, 8), torch.tensor([0, 1, 2])

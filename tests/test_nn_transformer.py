@@ -328,3 +328,25 @@ def as_torch(layer: nn.Module, kind: str) -> nn.Module:
     theirs.norm2 = nn.Identity()
     theirs.load_state_dict(layer.state_dict())
     return theirs.to(next(layer.parameters()).device)
+
+
+@LAYERS
+def test_layers_call_what_a_user_has_put_on_an_instance_or_on_all_modules(kind, device):
+    layer, inputs = layer_and_inputs(kind, device, dropout=0.0)
+    theirs = getattr(nn, kind)(16, 2, 32, batch_first=True, dropout=0.0).to(device)
+    theirs.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(layer(*inputs), theirs(*inputs))
+    for module in (layer, theirs):
+        module.dropout1.forward = lambda x: x * 2
+        module.norm2.forward = lambda x: x + 1
+        module._ff_block = lambda x: x * 0.5
+    torch.testing.assert_close(layer(*inputs), theirs(*inputs))
+
+    def double(module, args, output):
+        return output * 2 if isinstance(module, nn.LayerNorm) else None
+
+    handle = nn.modules.module.register_module_forward_hook(double)
+    try:
+        torch.testing.assert_close(layer(*inputs), theirs(*inputs))
+    finally:
+        handle.remove()

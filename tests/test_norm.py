@@ -34,6 +34,7 @@ class Norm:
     eps: float | None = 1e-5
     offset: float = 0.0  # added to x: a mean far from 0 is where a one-pass variance fails
     layout: str = "contiguous"  # of x and residual
+    parameters: str = "contiguous"  # or every second element of a vector, or one element expanded
     residual: torch.dtype | None = None  # its dtype, if there is one
     dropout_p: float = 0.0
     weight_offset: float = 0.0
@@ -86,6 +87,9 @@ NORMS = [
     Norm("residual_over_two_dimensions", (5, 6, 8), dims=2, residual=F32, dropout_p=0.5),
     Norm("weight_offset", (17, 96), rms=True, bias=False, weight_offset=1.0),
     Norm("weight_offset_bf16", (17, 96), rms=True, bias=False, weight_offset=1.0, dtype=BF16),
+    *both("strided_parameters", (17, 96), parameters="strided"),
+    *both("strided_parameters_memory_efficient", (17, 96), parameters="strided", memory_efficient=True),
+    *both("expanded_parameters", (17, 96), parameters="expanded"),
     *both("memory_efficient", (17, 96), memory_efficient=True),
     *both("memory_efficient_looped", (2, 20_000), memory_efficient=True, residual=F32),
     Norm("memory_efficient_offset", (17, 96), rms=True, bias=False, memory_efficient=True, weight_offset=3.0),
@@ -105,6 +109,10 @@ def norm_inputs(case: Norm, device: torch.device) -> tuple[dict[str, Tensor], Te
     weight, bias = make_inputs(row, row, dtype=case.parameter_dtype or case.dtype, device=device, seed=1)
     if case.memory_efficient:
         weight = weight.sign() * (weight.abs() + 0.5)  # what is divided by
+    if case.parameters == "strided":
+        weight, bias = (torch.stack([t, torch.full_like(t, math.nan)], -1)[..., 0] for t in (weight, bias))
+    elif case.parameters == "expanded":
+        weight, bias = (t[:1].expand(row) for t in (weight, bias))
     inputs = {"x": x}
     inputs |= {"weight": weight} if case.weight else {}
     inputs |= {"bias": bias} if case.bias else {}
@@ -384,3 +392,20 @@ def test_heads_are_not_copied(function, device, monkeypatch):
     assert [rows.tensors[i].untyped_storage().data_ptr() for rows, i in zip(read, (0, 1) * 2, strict=True)] == [
         memory
     ] * 4
+
+
+@FUNCTIONS
+def test_what_the_norm_makes_of_no_gradient_is_not_computed(function, device):
+    """Where only h is used, an infinite row has the gradient of h, with dropout and without."""
+    x, residual, dh = make_inputs((4, 3, 8), (4, 3, 8), (4, 3, 8), device=device)
+    x[0, 0, 0] = math.inf
+    for dropout_p in (0.0, 0.5):
+        results = []
+        for backend in ("triton", "reference"):
+            torch.manual_seed(2)
+            leaves = [t.clone().requires_grad_() for t in (x, residual)]
+            _, h = function(leaves[0], (3, 8), residual=leaves[1], dropout_p=dropout_p, backend=backend)
+            results.append(torch.autograd.grad(h, leaves, dh))
+        for ours, theirs in zip(*results, strict=True):
+            assert ours.isfinite().all()
+            torch.testing.assert_close(ours, theirs)

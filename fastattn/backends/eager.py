@@ -198,8 +198,14 @@ def _plain_cross_entropy(spec: CrossEntropySpec) -> bool:
 def cross_entropy(logits: Tensor, target: Tensor, weight: Tensor | None, spec: CrossEntropySpec) -> Tensor:
     if not _plain_cross_entropy(spec):
         return reference.cross_entropy(logits, target, weight, spec)
+    if not spec.probabilities:
+        target = target.long()
+        ignored = target == spec.ignore_index
+        if not (is_plain(logits, target) and logits.is_cpu) or ignored.any():
+            # torch multiplies the gradient of an ignored row by 0, which leaves NaN where its logits are not finite.
+            logits = torch.where(ignored.unsqueeze(min(1, logits.dim() - 1)), 0.0, logits)
     loss = torch.nn.functional.cross_entropy(
-        logits, target if spec.probabilities else target.long(), weight, ignore_index=spec.ignore_index,
+        logits, target, weight, ignore_index=spec.ignore_index,
         reduction=spec.reduction, label_smoothing=spec.label_smoothing,
     )  # fmt: skip
     return loss.to(spec.loss_dtype)

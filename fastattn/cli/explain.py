@@ -69,8 +69,19 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         function.set_defaults(call=pair_call, function=name)
         pairs.append(function)
 
+    loss = functions.add_parser("cross_entropy", help="cross entropy of logits with classes")
+    loss.add_argument("--shape", type=int, nargs="+", default=(4096, 32_000), metavar="SIZE", help="of the logits")
+    loss.set_defaults(call=cross_entropy_call)
+    linear_loss = functions.add_parser("linear_cross_entropy", help="the same of a linear layer, without its logits")
+    linear_loss.add_argument("--shape", type=int, nargs="+", default=(4096, 1024), metavar="SIZE", help="of hidden")
+    linear_loss.add_argument("--classes", type=int, default=32_000, metavar="V")
+    linear_loss.set_defaults(call=linear_cross_entropy_call)
+    for function in (loss, linear_loss):
+        function.add_argument("--z-loss", type=float, default=0.0)
+        function.add_argument("--softcap", type=float)
+
     gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-    for function in (attention, varlen, layer_norm, rms_norm, softmax, rotary, *pairs):
+    for function in (attention, varlen, layer_norm, rms_norm, softmax, rotary, *pairs, loss, linear_loss):
         function.add_argument("--dtype", choices=DTYPES, default="bfloat16")
         function.add_argument("--device", choices=(*gpus, "cpu"), default=gpus[0] if gpus else "cpu")
         function.add_argument("--backend", choices=backends.ORDER, help="ask for this one, as backend= does")
@@ -154,3 +165,23 @@ def rotary_call(args: argparse.Namespace) -> backends.Explanation:
 def pair_call(args: argparse.Namespace) -> backends.Explanation:
     x = empty(args, *args.shape)
     return fastattn.explain(getattr(fastattn, args.function), x, x, backend=args.backend)
+
+
+def cross_entropy_call(args: argparse.Namespace) -> backends.Explanation:
+    dim = min(1, len(args.shape) - 1)
+    target = classes(args, *args.shape[:dim], *args.shape[dim + 1 :])
+    return fastattn.explain(fastattn.cross_entropy, empty(args, *args.shape), target, **loss_options(args))
+
+
+def linear_cross_entropy_call(args: argparse.Namespace) -> backends.Explanation:
+    hidden, weight = empty(args, *args.shape), empty(args, args.classes, args.shape[-1])
+    target = classes(args, *args.shape[:-1])
+    return fastattn.explain(fastattn.linear_cross_entropy, hidden, weight, target, **loss_options(args))
+
+
+def classes(args: argparse.Namespace, *shape: int) -> torch.Tensor:
+    return torch.zeros(shape, dtype=torch.int64, device=args.device)
+
+
+def loss_options(args: argparse.Namespace) -> dict[str, Any]:
+    return {"z_loss": args.z_loss, "softcap": args.softcap, "backend": args.backend}

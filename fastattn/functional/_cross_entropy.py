@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 from fastattn import _arguments as check
 from fastattn import backends
 from fastattn.errors import ArgumentError, ArgumentTypeError, kind
+from fastattn.functional._overwrite import may_share, overlaps_itself, same_places
 from fastattn.functional._plan import autocast, cached, facts
 from fastattn.ops.cross_entropy import cross_entropy as cross_entropy_op
 from fastattn.ops.cross_entropy import cross_entropy_with_gradient
@@ -56,7 +57,8 @@ def cross_entropy(
         z_loss: factor on lse² of each row that counts. It is not weighted; a mean divides it as it does the rest.
         softcap: bounds the logits to ±softcap; None: not.
         inplace_backward: the gradient may be written over logits, which autograd is told have changed; refused for a
-            leaf that requires a gradient, under transforms and compilers. Torch operations do without.
+            leaf that requires a gradient, under transforms and compilers. Torch operations do without. The memory is
+            that of the gradient from then on, whoever still holds the logits.
         backend: one of "triton", "eager", "reference", which then never falls back; None: the first that can.
 
     Returns:
@@ -107,8 +109,8 @@ def cross_entropy_plan(
         check_overwritten(fn, logits, target, weight)
     options = (ignore_index, reduction, label_smoothing, z_loss, softcap)
     run, spec = _plan(
-        backend, facts(logits), facts(target), facts(weight), options, is_autocast(logits.device),
-        differentiated(target=target, weight=weight),
+        backend, facts(logits), facts(target), facts(weight), is_autocast(logits.device),
+        differentiated(target=target, weight=weight), *options,
     )  # fmt: skip
     # A float16 gradient divided by the rows before it is multiplied by a scaled loss would be rounded to 0.
     if wanted and not transformed and logits.dtype != torch.float16 and not run.COMPOSITE:
@@ -127,16 +129,22 @@ def check_overwritten(fn: str, logits: Tensor, target: Tensor, weight: Tensor | 
             f"{fn}: `logits` is a leaf that requires a gradient, and cannot be written over; leave `inplace_backward` "
             "at False."
         )
-    if any(step == 0 and size > 1 for size, step in zip(logits.shape, logits.stride(), strict=True)):
+    if overlaps_itself(logits):
         raise ArgumentError(
             f"{fn}: `logits` has strides {tuple(logits.stride())} and overlaps itself; it cannot be written over, "
             "leave `inplace_backward` at False."
         )
+    for name, t in (("target", target), ("weight", weight)):
+        if t is not None and may_share(logits, t) and not same_places(logits, t):
+            raise ArgumentError(
+                f"{fn}: `{name}` lies in the memory of `logits`, which cannot be written over; leave "
+                "`inplace_backward` at False."
+            )
 
 
 @cached
 def _plan(
-    backend, logits, target, weight, options, under_autocast, differentiates
+    backend, logits, target, weight, under_autocast, differentiates, *options
 ) -> tuple[ModuleType, CrossEntropySpec]:
     spec = loss_spec("cross_entropy", logits, target, weight, options, under_autocast, differentiates)
     return backends.select(spec, logits[2], backend), spec
@@ -235,6 +243,7 @@ def check_classes(fn: str, target: Tensor, spec: CrossEntropySpec, V: int, plain
     """Raise for a class that does not exist, where a look costs nothing: CPU tensors in ordinary eager mode."""
     if not plain or spec.probabilities or not target.is_cpu or target.numel() == 0:
         return
+    target = target.long()  # in a narrower type V might not be a number
     wrong = ((target < 0) | (target >= V)) & (target != spec.ignore_index)
     if wrong.any():
         raise ArgumentError(
@@ -267,8 +276,8 @@ def linear_cross_entropy(
         bias: (V,), of hidden's dtype, or None.
         class_weight: (V,), what cross_entropy calls weight.
         ignore_index, reduction, label_smoothing, z_loss, softcap: as of `cross_entropy`.
-        chunk_size: rows of logits held at once. None: as many as fit the larger of 64 MiB and half of weight's bytes,
-            at least 256.
+        chunk_size: rows of a chunk. None: as many as have logits of the larger of 64 MiB and half of weight's bytes, at
+            least 256.
         backend: one of "triton", "eager", "reference", which then never falls back; None: the first that can. The
             latter two hold all logits.
 
@@ -276,11 +285,15 @@ def linear_cross_entropy(
         the loss, () or, for "none", target's shape; hidden's dtype, float32 under autocast, which casts hidden, weight
         and bias as it does for torch.nn.functional.linear.
 
-        Beyond inputs, loss and gradients it takes memory for one chunk of logits (chunk_size · V elements), 4 V (E + 1)
-        bytes in which half-precision gradients of weight and bias are accumulated if there are several chunks, and 4 N
-        bytes. For "mean" and "sum" the forward computes the gradients, which are kept in place of hidden and logits;
-        for "none" and float16 the backward computes the logits again. Bytes moved, per chunk: hidden, weight once per
-        product (three with gradients), the logits four times, the sum of dweight twice.
+        Beyond inputs, loss and gradients it takes memory for the logits of one chunk, 4 V (E + 1) bytes in which half-
+        precision gradients of weight and bias are accumulated if there are several chunks, and 4 N bytes. The logits
+        held at once take at most the larger of 64 MiB and half of weight's bytes (or chunk_size · 16 elements): a chunk
+        that has more of them goes through V in slices, each of whose logits are computed twice, once for the
+        statistics of the rows and once for the gradient; it takes another 4 (E + 3) bytes for each of its rows.
+
+        For "mean" and "sum" the forward computes the gradients, which are kept in place of hidden and logits; for
+        "none" and float16 the backward computes the logits again. Bytes moved, per chunk: hidden, weight once per
+        product (three with gradients, four with slices), the logits four times, the sum of dweight twice.
 
     Raises:
         ArgumentTypeError, ArgumentError: an argument of the wrong type, dtype, shape or device.
@@ -320,8 +333,8 @@ def linear_cross_entropy_plan(
     hidden, weight = autocast(hidden, weight)
     bias = None if bias is None else autocast(bias)[0]
     run, spec = _linear_plan(
-        backend, facts(hidden), facts(weight), facts(target), facts(bias), facts(class_weight), options, chunk_size,
-        under_autocast, differentiated(target=target, class_weight=class_weight),
+        backend, facts(hidden), facts(weight), facts(target), facts(bias), facts(class_weight), chunk_size,
+        under_autocast, differentiated(target=target, class_weight=class_weight), *options,
     )  # fmt: skip
     transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     if (
@@ -336,8 +349,12 @@ def linear_cross_entropy_plan(
 
 
 @cached
-def _linear_plan(backend, hidden, *rest) -> tuple[ModuleType, LinearCrossEntropySpec]:
-    spec = linear_loss_spec(hidden, *rest)
+def _linear_plan(
+    backend, hidden, weight, target, bias, class_weight, chunk_size, under_autocast, differentiates, *options
+) -> tuple[ModuleType, LinearCrossEntropySpec]:
+    spec = linear_loss_spec(
+        hidden, weight, target, bias, class_weight, options, chunk_size, under_autocast, differentiates
+    )
     return backends.select(spec, hidden[2], backend), spec
 
 

@@ -109,10 +109,11 @@ class RotaryEmbedding(nn.Module):
 
     def _fill(self, device: torch.device) -> None:
         """cos, sin (max_positions, dim / 2) in fp32, rounded once from float64."""
-        t = torch.arange(self.max_positions, dtype=torch.float64, device="cpu")[:, None] / self.scaling
-        i = torch.arange(0, self.dim, 2, dtype=torch.float64, device="cpu")
-        angle = t * self.base ** (-i / self.dim)
-        self.cos, self.sin = (table.to(device, torch.float32) for table in (angle.cos(), angle.sin()))
+        with torch.inference_mode(False):  # a table that is made in evaluation serves in training too
+            t = torch.arange(self.max_positions, dtype=torch.float64, device="cpu")[:, None] / self.scaling
+            i = torch.arange(0, self.dim, 2, dtype=torch.float64, device="cpu")
+            angle = t * self.base ** (-i / self.dim)
+            self.cos, self.sin = (table.to(device, torch.float32) for table in (angle.cos(), angle.sin()))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryEmbedding:
         """Keep the table exact: .to(dtype) would round it, and to_empty() from the meta device would not fill it."""

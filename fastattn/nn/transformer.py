@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from fastattn.functional import dropout_add
 from fastattn.functional._plan import has_kernels
@@ -374,7 +375,9 @@ Branch: TypeAlias = tuple[Tensor, nn.Dropout | None]
 
 
 def _keeps(layer: nn.Module, block: str) -> bool:
-    """Whether `block`, a method that torch's layers call, is torch's still; a subclass may have its own."""
+    """Whether `block`, a method that torch's layers call, is torch's still; a subclass or a layer may have its own."""
+    if block in layer.__dict__:
+        return False
     return any(getattr(type(layer), block) is getattr(base, block) for base in _LAYERS if isinstance(layer, base))
 
 
@@ -397,9 +400,9 @@ def _feed_forward(layer: Any, dropout: nn.Dropout) -> Callable[[Tensor], Branch]
 
 
 def _is_itself(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
-    """Whether a call of the module is its forward and nothing more: no subclass, and no hooks."""
+    """Whether a call of the module is its class's forward and nothing more: no subclass, no other forward, no hooks."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return type(module) in kinds and not hooks
+    return type(module) in kinds and not hooks and "forward" not in module.__dict__ and not _has_any_global_hook()
 
 
 def _to_fuse(x: Tensor, branch: Branch) -> tuple[Tensor, float]:

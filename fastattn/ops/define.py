@@ -31,7 +31,6 @@ from fastattn.ops.differentiate import Tensors, forward_mode, jvp, vjp, without_
 from fastattn.ops.functions import (
     eager_function,
     in_place,
-    last_gradients,
     transformable_backward,
     transformable_function,
 )
@@ -182,11 +181,11 @@ class Operator:
         self, grads: Tensors, saved: Tensors, wanted: Sequence[bool], spec: Spec, backend: str
     ) -> Tensors:
         """`run_backward` under any transform, and differentiable in turn."""
-        results = self.backward_function.apply(*grads, *saved, tuple(wanted), spec, backend)
-        grads = tuple(g if want else None for g, want in zip(results, wanted, strict=True))
         if self._is_last and torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
-            return last_gradients(f"{spec.op}: {CANNOT_BE_DIFFERENTIATED_AGAIN}", grads)
-        return grads
+            # Nothing that is kept leads back to the inputs, so that a second derivative would be 0 without a word.
+            raise UnsupportedError(f"{spec.op}: create_graph=True was asked for; {CANNOT_BE_DIFFERENTIATED_AGAIN}")
+        results = self.backward_function.apply(*grads, *saved, tuple(wanted), spec, backend)
+        return tuple(g if want else None for g, want in zip(results, wanted, strict=True))
 
     def call_custom_backward(self, tensors: Tensors, wanted: Sequence[bool], spec: Spec, backend: str) -> Any:
         return self.custom_backward(*tensors, list(wanted), *self.definition.encode(spec), backend)

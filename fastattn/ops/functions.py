@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastattn.errors import UnsupportedError
 from fastattn.ops.differentiate import Tensors, jvp, vjp
 from fastattn.tracing import is_plain
 
@@ -26,6 +25,8 @@ def eager_function(op: Operator) -> Function:
             inputs, (ctx.spec, ctx.backend) = args[:-2], args[-2:]
             outputs = op.run(inputs, ctx.spec, ctx.backend)
             ctx.mark_dirty(*in_place(inputs, outputs))
+            # What a hook has been given to keep is not ours to write over.
+            ctx.hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
             ctx.save_for_backward(*op.saved(inputs, outputs, ctx.spec))
             ctx.set_materialize_grads(False)
             ctx.mark_non_differentiable(*(outputs[i] for i in op.fixed_outputs))
@@ -38,7 +39,7 @@ def eager_function(op: Operator) -> Function:
             saved, wanted = ctx.saved_tensors, ctx.needs_input_grad[:-2]
             if torch.is_grad_enabled() or not is_plain(*grads):
                 return *op.call_backward(grads, saved, wanted, ctx.spec, ctx.backend), None, None
-            last = not torch._C._autograd._get_current_graph_task_keep_graph()
+            last = not (ctx.hooked or torch._C._autograd._get_current_graph_task_keep_graph())
             return *op.run_backward_once(grads, saved, wanted, ctx.spec, ctx.backend, last), None, None
 
     Eager.__name__ = op.definition.function_name
@@ -136,25 +137,6 @@ def transformable_backward(op: Operator) -> Function:
             return op.map(info.batch_size, in_dims[:n], call, tensors)
 
     return TransformableBackward
-
-
-class _Last(torch.autograd.Function):
-    """Hands gradients on; to differentiate them is refused, where it would be 0."""
-
-    @staticmethod
-    def forward(ctx, message, *grads):
-        ctx.message = message
-        return tuple(g.view_as(g) for g in grads)
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise UnsupportedError(ctx.message)
-
-
-def last_gradients(message: str, grads: Tensors) -> Tensors:
-    """The gradients that there are, which raise `message` when they are themselves differentiated."""
-    last = iter(_Last.apply(message, *(g.detach().requires_grad_() for g in grads if g is not None)))
-    return tuple(None if g is None else next(last) for g in grads)
 
 
 def in_place(inputs: Tensors, outputs: Tensors) -> tuple[Tensor, ...]:

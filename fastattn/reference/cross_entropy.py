@@ -41,6 +41,7 @@ def cross_entropy(
     w = None if weight is None else weight.to(dtype)  # (V,)
     counted = None
     if not target.is_floating_point():
+        target = target.long()
         counted = target != ignore_index  # (…)
         x = torch.where(counted[..., None], x, 0.0)
     s = x if softcap is None else softcap * torch.tanh(x / softcap)
@@ -53,9 +54,8 @@ def cross_entropy(
         losses = -((q if w is None else q * w) * log_p).sum(-1)
         divisor: Tensor | float = math.nan if logits.numel() == 0 else logits.numel() // V
     else:
-        t = target.long()
-        exists = (t >= 0) & (t < V)
-        t = torch.where(exists & counted, t, 0)
+        exists = (target >= 0) & (target < V)
+        t = torch.where(exists & counted, target, 0)
         w_t = torch.ones_like(losses_of(log_p, t)) if w is None else w[t]
         losses = (1.0 - label_smoothing) * w_t * losses_of(log_p, t)
         if label_smoothing:

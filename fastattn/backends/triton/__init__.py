@@ -126,7 +126,7 @@ def describe(spec: Spec, device: torch.device) -> str:
     how = "interpreted" if INTERPRET else "compiled"
     if isinstance(spec, LinearCrossEntropySpec):
         rows = spec.chunk_size or "as fit 64 MiB of logits, or half of weight's bytes"
-        return f"{how}; torch's products and one fused kernel, in chunks of rows: {rows}"
+        return f"{how}; torch's products and one fused kernel, in chunks of rows, and slices of large ones: {rows}"
     if isinstance(spec, CrossEntropySpec):
         return f"{how}; one fused kernel, forward with the gradient"
     if isinstance(spec, ElementwiseSpec):
@@ -208,7 +208,7 @@ def norm_forward(
 ) -> None:
     from fastattn.backends.triton.norm import launch_forward
 
-    weight, bias = (t if t is None else t.reshape(-1) for t in (weight, bias))
+    weight, bias = (t if t is None else t.contiguous().view(-1) for t in (weight, bias))
     with _on(x):
         launch_forward(y, h, stats, x, weight, bias, residual, seed, spec)
 
@@ -230,11 +230,30 @@ def norm_backward(
     from fastattn.backends.triton.norm import launch_backward
 
     if dy is None:
-        dy = torch.zeros((), dtype=spec.dtype, device=base.device).expand(base.shape)
+        dh = torch.zeros((), dtype=base.dtype, device=base.device).expand(base.shape) if dh is None else dh
+        _norm_backward_of_sum(dx, dweight, dbias, dresidual, dh, seed, spec)
+        return
     dweight, dbias = (t if t is None else t.view(-1) for t in (dweight, dbias))
-    weight, bias = (t if t is None else t.reshape(-1) for t in (weight, bias))
+    weight, bias = (t if t is None else t.contiguous().view(-1) for t in (weight, bias))
     with _on(base):
         launch_backward(dx, dweight, dbias, dresidual, dy, dh, base, weight, bias, seed, stats, spec)
+
+
+def _norm_backward_of_sum(dx, dweight, dbias, dresidual, dh: Tensor, seed: Tensor | None, spec: NormSpec) -> None:
+    """Of h alone: what the norm would make of no gradient is not computed, as 0 · inf would be NaN."""
+    from fastattn.backends.triton.dropout_add import launch
+
+    for parameter in (dweight, dbias):
+        if parameter is not None:
+            parameter.zero_()
+    if dresidual is not None:
+        dresidual.copy_(dh)
+    if seed is None and dx is not None and dx is not dresidual:
+        dx.copy_(dh)
+    elif seed is not None and dx is not None:
+        rows = dh.dim() - spec.n_dims
+        with _on(dx):
+            launch(dx.view(dh.shape).flatten(rows), None, dh.flatten(rows), seed, spec.dropout_p)
 
 
 def softmax_forward(y: Tensor, x: Tensor, mask: Tensor | None, spec: SoftmaxSpec) -> None:

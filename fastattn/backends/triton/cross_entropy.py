@@ -2,7 +2,7 @@
 
     s = softcap · tanh(x / softcap)   or x          log p_j = (s_j - max s) - log Σ exp(s_l - max s)
     loss of a row = -Σ_j q_j log p_j + z_loss · lse²          lse = max s + log Σ exp(s_l - max s)
-    dx_j = ((Σ q + 2 z_loss lse) p_j - q_j) · ds_j / dx_j     ds / dx = 1 - (s / softcap)²  or 1
+    dx_j = (Σ q p_j - q_j + 2 z_loss lse p_j) · ds_j / dx_j   ds / dx = 1 - (s / softcap)²  or 1
 
     q_j = (1 - ε) w_t [j = t] + ε / N · w_j         for a class t of N, w = 1 without class weights
     q_j = w_j ((1 - ε) y_j + ε / N)                 for probabilities y
@@ -56,23 +56,35 @@ def load_scores(x, m, n, stride_m, stride_n, N, read, softcap, SOFTCAP: tl.const
 
 
 @triton.jit
+def offset_of(row_max):
+    """The maximum of each row so far, 0 as long as nothing but -inf has come by."""
+    return tl.where(row_max == NEG_INF, 0.0, row_max)
+
+
+@triton.jit
 def add_to_sum(row_max, row_sum, s):
     """The maximum of each row so far, and Σ exp(s - maximum), with one more tile of s."""
     new_max = tl.maximum(row_max, tl.max(s, 1))
-    offset = tl.where(new_max == NEG_INF, 0.0, new_max)  # as long as nothing but -inf has come by
+    offset = offset_of(new_max)
     row_sum = row_sum * tl.exp(row_max - offset) + tl.sum(tl.exp(s - offset[:, None]), 1)
     return new_max, row_sum
 
 
 @triton.jit
-def load_class(target, m, stride_m, M, N, ignore_index):
-    """The class t of each row, -1 where there is none; which rows count; NaN for one without a valid class, or 0."""
+def load_class(target, m, stride_m, M, V, ignore_index):
+    """The class t of each row, -1 where there is none; which rows count; NaN for one whose class is none of V, or 0."""
     t = tl.load(target + m * stride_m, mask=m < M, other=0).to(tl.int64)
     counts = (m < M) & (t != ignore_index)
-    exists = (t >= 0) & (t < N)
+    exists = (t >= 0) & (t < V)
     tl.device_assert(exists | ~counts, "cross_entropy: a target is neither a class nor ignore_index")
     poison = tl.where(exists | ~counts, 0.0, NAN)
     return tl.where(exists & counts, t, -1).to(tl.int32), counts, poison
+
+
+@triton.jit
+def class_in_slice(t, first, N):
+    """The class t of each row, counted from `first`, if it is one of the N that begin there; else -1."""
+    return tl.where((t >= first) & (t < first + N), t - first, -1)
 
 
 @triton.jit
@@ -92,23 +104,23 @@ def weight_of_class(weight, t, stride_w):
 
 @triton.jit
 def load_q(
-    target, weight, m, n, t, w_t, stride_tm, stride_tn, stride_w, N, read, smoothing,
+    target, weight, m, n, t, w_t, stride_tm, stride_tn, stride_w, N, V, read, smoothing,
     PROBABILITIES: tl.constexpr, SMOOTHED: tl.constexpr,
 ):  # fmt: skip
-    """q (BLOCK_M, BLOCK_N), 0 after the last class."""
+    """q (BLOCK_M, BLOCK_N) of N of V classes, 0 after the last."""
     if PROBABILITIES:
         q = load_rows(target, m, n, stride_tm, stride_tn, read[:, None] & (n < N)[None, :])
         if SMOOTHED:
-            q = tl.where((n < N)[None, :], q * (1.0 - smoothing) + smoothing / N, 0.0)
+            q = tl.where((n < N)[None, :], q * (1.0 - smoothing) + smoothing / V, 0.0)
         if weight is not None:
             q *= class_weights(weight, n, stride_w, N)[None, :]
     else:
         q = tl.where(n[None, :] == t[:, None], ((1.0 - smoothing) * w_t)[:, None], 0.0)
         if SMOOTHED:
             if weight is None:
-                q += tl.where(n < N, smoothing / N, 0.0)[None, :]
+                q += tl.where(n < N, smoothing / V, 0.0)[None, :]
             else:
-                q += (smoothing / N * class_weights(weight, n, stride_w, N))[None, :]
+                q += (smoothing / V * class_weights(weight, n, stride_w, N))[None, :]
     return q
 
 
@@ -119,9 +131,13 @@ def inner_loss(q, log_p, n, N):
 
 
 @triton.jit
-def score_gradient(s, log_p, q, pull, factor, softcap, SOFTCAP: tl.constexpr):
-    """dx = (pull · p - q) · ds / dx · factor, with pull = Σ q + 2 z_loss lse."""
-    dx = (pull[:, None] * tl.exp(log_p) - q) * factor[:, None]
+def score_gradient(s, log_p, q, total, pull, factor, softcap, Z_LOSS: tl.constexpr, SOFTCAP: tl.constexpr):
+    """dx = (total · p - q + pull · p) · ds / dx · factor, with total = Σ q and pull = 2 z_loss lse."""
+    p = tl.exp(log_p)
+    dx = total[:, None] * p - q
+    if Z_LOSS:  # apart from total: where p is close to q the difference of those two is small
+        dx += pull[:, None] * p
+    dx *= factor[:, None]
     if SOFTCAP:
         ratio = s / softcap
         dx *= 1.0 - ratio * ratio
@@ -171,8 +187,9 @@ def _forward_kernel(
         row_max = tl.max(s, 1)
         row_sum = tl.sum(tl.exp(s - row_max[:, None]), 1)
         q = load_q(
-            target, weight, m, n, t, w_t, stride_tm, stride_tn, stride_w, N, read, smoothing, PROBABILITIES, SMOOTHED
-        )
+            target, weight, m, n, t, w_t, stride_tm, stride_tn, stride_w, N, N, read, smoothing,
+            PROBABILITIES, SMOOTHED,
+        )  # fmt: skip
         if SPREAD:
             total = tl.sum(q, 1)
     else:
@@ -181,14 +198,12 @@ def _forward_kernel(
             row_max, row_sum = add_to_sum(row_max, row_sum, s)
             if SPREAD:
                 total += tl.sum(load_q(
-                    target, weight, m, start + n, t, w_t, stride_tm, stride_tn, stride_w, N, read, smoothing,
+                    target, weight, m, start + n, t, w_t, stride_tm, stride_tn, stride_w, N, N, read, smoothing,
                     PROBABILITIES, SMOOTHED,
                 ), 1)  # fmt: skip
     log_sum = tl.log(row_sum)
     lse = row_max + log_sum
-    pull = total
-    if Z_LOSS:
-        pull += 2.0 * z_loss * lse
+    pull = 2.0 * z_loss * lse
     row_loss = poison
     if not SPREAD:
         at_t = tl.load(x + m * stride_xm + t.to(tl.int64) * stride_xn, mask=t >= 0, other=0.0).to(tl.float32)
@@ -210,20 +225,20 @@ def _forward_kernel(
         if SPREAD:
             row_loss += inner_loss(q, log_p, n, N)
         if dx is not None:
-            ds = score_gradient(s, log_p, q, pull, factor, softcap, SOFTCAP)
+            ds = score_gradient(s, log_p, q, total, pull, factor, softcap, Z_LOSS, SOFTCAP)
             store_rows(dx, tl.where(read[:, None], ds, 0.0), m, n, stride_dxm, stride_dxn, M, N)
     elif SPREAD or dx is not None:
         for start in range(0, N, BLOCK_N):
             s = load_scores(x, m, start + n, stride_xm, stride_xn, N, read, softcap, SOFTCAP)
             log_p = (s - row_max[:, None]) - log_sum[:, None]
             q = load_q(
-                target, weight, m, start + n, t, w_t, stride_tm, stride_tn, stride_w, N, read, smoothing,
+                target, weight, m, start + n, t, w_t, stride_tm, stride_tn, stride_w, N, N, read, smoothing,
                 PROBABILITIES, SMOOTHED,
             )  # fmt: skip
             if SPREAD:
                 row_loss += inner_loss(q, log_p, start + n, N)
             if dx is not None:
-                ds = score_gradient(s, log_p, q, pull, factor, softcap, SOFTCAP)
+                ds = score_gradient(s, log_p, q, total, pull, factor, softcap, Z_LOSS, SOFTCAP)
                 store_rows(dx, tl.where(read[:, None], ds, 0.0), m, start + n, stride_dxm, stride_dxn, M, N)
 
     if Z_LOSS:
@@ -235,10 +250,10 @@ def _forward_kernel(
         tl.store(log_sum_out + rows, log_sum, mask=m < M)
 
 
-@triton.jit(do_not_specialize=["ignore_index", "R1"])
-def _backward_kernel(
-    dx, dloss, row_max, log_sum, x, target, weight, divisor,
-    ignore_index, smoothing, z_loss, softcap, R1, M, N,
+@triton.jit(do_not_specialize=["ignore_index", "R1", "first_class"])
+def backward_kernel(
+    dx, dloss, row_max, log_sum, totals, x, target, weight, divisor,
+    ignore_index, smoothing, z_loss, softcap, R1, M, N, first_class, V,
     stride_l0, stride_l1, stride_lm,
     stride_dl0, stride_dl1, stride_dlm,
     stride_dx0, stride_dx1, stride_dxm, stride_dxn,
@@ -247,7 +262,10 @@ def _backward_kernel(
     PROBABILITIES: tl.constexpr, SMOOTHED: tl.constexpr, Z_LOSS: tl.constexpr, SOFTCAP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program computes BLOCK_M rows of dx from x and the forward's maximum and sum."""
+    """One program computes BLOCK_M rows of dx from x and the forward's maximum and sum.
+
+    With `totals`, which then holds Σ q of each row, x is N of V classes, from first_class on.
+    """
     r0, r1, first = _locate(R1, M, BLOCK_M)
     dx += r0 * stride_dx0 + r1 * stride_dx1
     x += r0 * stride_x0 + r1 * stride_x1
@@ -259,7 +277,9 @@ def _backward_kernel(
         t = tl.full((BLOCK_M,), -1, tl.int32)
         poison = tl.zeros((BLOCK_M,), tl.float32)
     else:
-        t, read, poison = load_class(target, m, stride_tm, M, N, ignore_index)
+        t, read, poison = load_class(target, m, stride_tm, M, V, ignore_index)
+    if first_class is not None:
+        t = class_in_slice(t, first_class, N)
     w_t = weight_of_class(weight, t, stride_w)
     rows = r0 * stride_l0 + r1 * stride_l1 + m * stride_lm
     highest = tl.load(row_max + rows, mask=read, other=0.0)
@@ -269,25 +289,26 @@ def _backward_kernel(
     if divisor is not None:
         factor /= tl.load(divisor)
 
-    if not PROBABILITIES and not SMOOTHED:
-        pull = w_t
+    if totals is not None:
+        total = tl.load(totals + rows, mask=read, other=0.0)
+    elif not PROBABILITIES and not SMOOTHED:
+        total = w_t
     else:
-        pull = tl.zeros((BLOCK_M,), tl.float32)
+        total = tl.zeros((BLOCK_M,), tl.float32)
         for start in range(0, N, BLOCK_N):
-            pull += tl.sum(load_q(
-                target, weight, m, start + n, t, w_t, stride_tm, stride_tn, stride_w, N, read, smoothing,
+            total += tl.sum(load_q(
+                target, weight, m, start + n, t, w_t, stride_tm, stride_tn, stride_w, N, V, read, smoothing,
                 PROBABILITIES, SMOOTHED,
             ), 1)  # fmt: skip
-    if Z_LOSS:
-        pull += 2.0 * z_loss * (highest + log_of_sum)
+    pull = 2.0 * z_loss * (highest + log_of_sum)
     for start in range(0, N, BLOCK_N):
         s = load_scores(x, m, start + n, stride_xm, stride_xn, N, read, softcap, SOFTCAP)
         log_p = (s - highest[:, None]) - log_of_sum[:, None]
         q = load_q(
-            target, weight, m, start + n, t, w_t, stride_tm, stride_tn, stride_w, N, read, smoothing,
+            target, weight, m, start + n, t, w_t, stride_tm, stride_tn, stride_w, N, V, read, smoothing,
             PROBABILITIES, SMOOTHED,
         )  # fmt: skip
-        ds = score_gradient(s, log_p, q, pull, factor, softcap, SOFTCAP)
+        ds = score_gradient(s, log_p, q, total, pull, factor, softcap, Z_LOSS, SOFTCAP)
         store_rows(dx, tl.where(read[:, None], ds, 0.0), m, start + n, stride_dxm, stride_dxn, M, N)
 
 
@@ -340,7 +361,7 @@ def _scale_kernel(
         store_rows(out, value, m, n, stride_outm, stride_outn, M, N)
 
 
-def _config(N: int, M: int, class_inside: bool, arch: str) -> RowConfig:
+def config_of(N: int, M: int, class_inside: bool, arch: str) -> RowConfig:
     """As for softmax; a row of many tiles has a program of 1024 threads for itself, so that one is in flight per SM."""
     config = row_config(N, TILES, arch, rows=M, contiguous_rows=class_inside)
     if N > config.BLOCK_N and config.rows_per_program == 1:
@@ -348,7 +369,7 @@ def _config(N: int, M: int, class_inside: bool, arch: str) -> RowConfig:
     return config
 
 
-class _Rows:
+class Rows:
     """How a kernel runs over the rows of tensors that have one shape, x the first; classes are dimension `dim`."""
 
     def __init__(self, tensors: Sequence[Tensor], dim: int):
@@ -364,26 +385,26 @@ class _Rows:
         self.N = shape[dim]
         self.steps = tuple((*(step[i] for _, step in merged), s[dim]) for i, s in enumerate(strides))
         class_inside = self.steps[0][2] == 1 and self.steps[0][3] != 1
-        config = _config(self.N, self.M, class_inside, arch_of(tensors[0].device))
+        config = config_of(self.N, self.M, class_inside, arch_of(tensors[0].device))
         self.grid = (R0 * self.R1 * triton.cdiv(self.M, config.rows_per_program),)
         self.tile = {
             "BLOCK_M": config.rows_per_program, "BLOCK_N": config.BLOCK_N, "num_warps": config.num_warps,
         }  # fmt: skip
 
 
-def _over_classes(t: Tensor, logits: Tensor, dim: int) -> Tensor:
+def over_classes(t: Tensor, logits: Tensor, dim: int) -> Tensor:
     """A tensor of rows (N, …), or of nothing, as one of the logits' shape."""
     return (t.unsqueeze(dim) if t.dim() else t).expand(logits.shape)
 
 
-def _flags(spec: CrossEntropySpec) -> dict[str, Any]:
+def flags_of(spec: CrossEntropySpec) -> dict[str, Any]:
     return {
         "PROBABILITIES": spec.probabilities, "SMOOTHED": spec.label_smoothing > 0.0, "Z_LOSS": spec.z_loss != 0.0,
         "SOFTCAP": spec.softcap is not None,
     }  # fmt: skip
 
 
-def _options(spec: CrossEntropySpec) -> tuple:
+def options_of(spec: CrossEntropySpec) -> tuple:
     return spec.ignore_index, spec.label_smoothing, spec.z_loss, 1.0 if spec.softcap is None else spec.softcap
 
 
@@ -414,13 +435,13 @@ def fill_divisor(divisor: Tensor, target: Tensor, weight: Tensor | None, N: int,
     programs, rounds = _programs(target.numel())
     out = divisor if programs <= 1 else divisor.new_empty(programs)
     _count_kernel[(max(programs, 1),)](
-        out, target, weight, spec.ignore_index, target.numel(), N, rounds, _stride(weight), SUM_BLOCK
+        out, target, weight, spec.ignore_index, target.numel(), N, rounds, stride_of(weight), SUM_BLOCK
     )
     if programs > 1:
         add_up(divisor, out)
 
 
-def _stride(weight: Tensor | None) -> int:
+def stride_of(weight: Tensor | None) -> int:
     return 0 if weight is None else weight.stride(0)
 
 
@@ -464,8 +485,8 @@ def launch_rows(
 ) -> None:
     """Row losses, not reduced, and what there is of the others; dloss, fp32 like losses, is a factor on dlogits."""
     dim = min(1, logits.dim() - 1)
-    classes = target if spec.probabilities else _over_classes(target, logits, dim)
-    rows = _Rows((logits, logits if dlogits is None else dlogits, classes, _over_classes(losses, logits, dim)), dim)
+    classes = target if spec.probabilities else over_classes(target, logits, dim)
+    rows = Rows((logits, logits if dlogits is None else dlogits, classes, over_classes(losses, logits, dim)), dim)
     if not rows.mergeable:
         # Five dimensions or more, through which the tensors run in different orders: rare enough to be copied.
         dense = None if dlogits is None else torch.empty_like(logits, memory_format=torch.contiguous_format)
@@ -477,8 +498,8 @@ def launch_rows(
     x, dx, t, row = rows.steps
     _forward_kernel[rows.grid](
         losses, row_max, log_sum, dlogits, logits, target, weight, divisor, dloss,
-        *_options(spec), rows.R1, rows.M, rows.N, *row[:3], *dx, *x, *t, _stride(weight),
-        **_flags(spec), **rows.tile, ONE_TILE=rows.tile["BLOCK_N"] >= rows.N,
+        *options_of(spec), rows.R1, rows.M, rows.N, *row[:3], *dx, *x, *t, stride_of(weight),
+        **flags_of(spec), **rows.tile, ONE_TILE=rows.tile["BLOCK_N"] >= rows.N,
     )  # fmt: skip
 
 
@@ -490,16 +511,22 @@ def launch_backward(
     weight: Tensor | None,
     row_max: Tensor,
     log_sum: Tensor,
-    divisor: Tensor,
+    divisor: Tensor | None,
     spec: CrossEntropySpec,
+    totals: Tensor | None = None,
+    first_class: int | None = None,
+    V: int | None = None,
 ) -> None:
-    """Fills dlogits from what `launch_forward` filled; dloss has the shape of the rows, or none."""
+    """Fills dlogits, which may be logits, from what `launch_forward` filled; dloss has the shape of the rows, or none.
+
+    With the last three, logits, dlogits, weight and probabilities are a slice of V classes.
+    """
     if logits.numel() == 0:
         return
     dim = min(1, logits.dim() - 1)
-    classes = target if spec.probabilities else _over_classes(target, logits, dim)
-    expanded = (_over_classes(t, logits, dim) for t in (row_max, dloss))
-    rows = _Rows((logits, dlogits, classes, *expanded), dim)
+    classes = target if spec.probabilities else over_classes(target, logits, dim)
+    expanded = (over_classes(t, logits, dim) for t in (row_max, dloss))
+    rows = Rows((logits, dlogits, classes, *expanded), dim)
     if not rows.mergeable:
         dense = torch.empty_like(logits, memory_format=torch.contiguous_format)
         dloss, target = dloss.contiguous(), target.contiguous()
@@ -507,10 +534,11 @@ def launch_backward(
         dlogits.copy_(dense)
         return
     x, dx, t, row, dl = rows.steps
-    _backward_kernel[rows.grid](
-        dlogits, dloss, row_max, log_sum, logits, target, weight, divisor if spec.divides else None,
-        *_options(spec), rows.R1, rows.M, rows.N, *row[:3], *dl[:3], *dx, *x, *t, _stride(weight),
-        **_flags(spec), **rows.tile,
+    backward_kernel[rows.grid](
+        dlogits, dloss, row_max, log_sum, totals, logits, target, weight, divisor if spec.divides else None,
+        *options_of(spec), rows.R1, rows.M, rows.N, first_class, rows.N if V is None else V,
+        *row[:3], *dl[:3], *dx, *x, *t, stride_of(weight),
+        **flags_of(spec), **rows.tile,
     )  # fmt: skip
 
 
@@ -518,9 +546,9 @@ def launch_scale(out: Tensor, x: Tensor, factor: Tensor, dim: int) -> None:
     """out = factor · x, factor of the shape of x without `dim`, or of none; out may be x."""
     if x.numel() == 0:
         return
-    rows = _Rows((x, out, _over_classes(factor, x, dim)), dim)
+    rows = Rows((x, out, over_classes(factor, x, dim)), dim)
     if not rows.mergeable:
-        out.copy_(x.float() * _over_classes(factor, x, dim))
+        out.copy_(x.float() * over_classes(factor, x, dim))
         return
     at, to, row = rows.steps
     _scale_kernel[rows.grid](
@@ -534,7 +562,7 @@ def inspect_cases(arch: str) -> list[KernelCase]:
 
     cases = []
     for dtype, N in SHAPES:
-        config = _config(N, 1 << 30, False, arch)
+        config = config_of(N, 1 << 30, False, arch)
         outputs = {
             "loss": "*fp32", "dloss": "*fp32", "divisor": "*fp32", "dx": f"*{dtype}", "x": f"*{dtype}",
             "row_max": "*fp32", "log_sum": "*fp32",
@@ -552,6 +580,7 @@ def inspect_cases(arch: str) -> list[KernelCase]:
             absent = {} if weighted else {"weight": None}
             pointers = outputs | {"target": f"*{target}", "weight": "*fp32"}
             into = {"dloss": None, "row_max_out": None, "log_sum_out": None} | ({} if gradient else {"dx": None})
+            whole = {"totals": None, "first_class": None}
             name = f"{feature}/{dtype}/{N}"
             cases.append(row_case(
                 f"cross_entropy/forward/{name}", _forward_kernel, config, pointers, **flags, **absent, **into
@@ -559,6 +588,6 @@ def inspect_cases(arch: str) -> list[KernelCase]:
             if gradient:
                 del flags["ONE_TILE"]
                 cases.append(row_case(
-                    f"cross_entropy/backward/{name}", _backward_kernel, config, pointers, **flags, **absent
+                    f"cross_entropy/backward/{name}", backward_kernel, config, pointers, **flags, **absent, **whole
                 ))  # fmt: skip
     return cases

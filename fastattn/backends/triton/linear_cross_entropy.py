@@ -6,29 +6,208 @@
 
 The products are torch's. Where dweight and dbias are sums over several chunks they are accumulated in fp32.
 
-Memory, besides inputs and results: one chunk of logits, which is at most the larger of 64 MiB and half of weight's
-bytes, and at least 256 rows; 4 V · (E + 1) bytes for fp32 sums, if hidden has 16 bits and takes more than one chunk;
+Where the logits of the fewest rows exceed their budget, V is walked through in slices too, twice:
+
+    m = max s,  l = Σ exp(s - m),  total = Σ q,  loss = -Σ q (s - m)       carried from slice to slice
+    x of the slice again, x ← dx, and its share of the products           dhidden accumulated in fp32
+
+Memory, besides inputs and results: the logits of a chunk, or of a slice of it, which are at most the larger of 64 MiB
+and half of weight's bytes (or, if chunk_size is that large, 16 classes of each of its rows); 4 V · (E + 1) bytes for
+fp32 sums, if hidden has 16 bits and takes more than one chunk; 4 (E + 3) bytes per row of a chunk if V is sliced;
 4 bytes per row.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from fastattn.backends.triton.cross_entropy import add_up, fill_divisor, launch_rows, launch_scale
-from fastattn.spec import LinearCrossEntropySpec
+from fastattn.backends.triton.blocks.constants import NEG_INF
+from fastattn.backends.triton.blocks.score import tanh
+from fastattn.backends.triton.cross_entropy import (
+    Rows,
+    add_to_sum,
+    add_up,
+    backward_kernel,
+    class_in_slice,
+    config_of,
+    fill_divisor,
+    flags_of,
+    inner_loss,
+    launch_rows,
+    launch_scale,
+    load_class,
+    load_q,
+    load_scores,
+    offset_of,
+    options_of,
+    over_classes,
+    stride_of,
+    weight_of_class,
+)
+from fastattn.backends.triton.cross_entropy import launch_backward as launch_slice_gradient
+from fastattn.spec import CrossEntropySpec, LinearCrossEntropySpec
+
+if TYPE_CHECKING:
+    from fastattn.backends.triton.inspection import KernelCase
 
 CHUNK_BYTES = 64 << 20
-LEAST_ROWS = 256
+LEAST_ROWS, LEAST_CLASSES = 256, 16
 
 
-def rows_of_chunk(N: int, V: int, E: int, element_size: int) -> int:
-    """How many of N rows of logits are held at once. A sum over many chunks reads and writes all of dweight for each,
-    so that chunks grow with weight: in half of its bytes there is room for E / 2 rows."""
-    budget = max(CHUNK_BYTES, V * E * element_size // 2)
-    rows = max(budget // max(V * element_size, 1), LEAST_ROWS)
-    return max(min(rows, N), 1)
+def chunk_of(N: int, V: int, E: int, element_size: int, chunk_size: int | None) -> tuple[int, int]:
+    """How many of N rows, and of V classes, of logits are held at once.
+
+    A sum over many chunks reads and writes all of dweight for each, so that chunks grow with weight: in half of its
+    bytes there is room for E / 2 rows. Slices of V cost one more product, and are for what is too large for one.
+    """
+    budget = max(CHUNK_BYTES, V * E * element_size // 2) // element_size
+    rows = max(min(chunk_size or max(budget // max(V, 1), LEAST_ROWS), N), 1)
+    if rows * V <= budget:
+        return rows, V
+    return rows, min(max(budget // rows // LEAST_CLASSES, 1) * LEAST_CLASSES, V)
+
+
+@triton.jit(do_not_specialize=["ignore_index", "first_class"])
+def _statistics_kernel(
+    loss, row_max, log_sum, totals, x, target, weight,
+    ignore_index, smoothing, z_loss, softcap, M, N, first_class, V,
+    stride_xm, stride_xn, stride_tm, stride_tn, stride_w,
+    PROBABILITIES: tl.constexpr, SMOOTHED: tl.constexpr, Z_LOSS: tl.constexpr, SOFTCAP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program adds N of V classes, from first_class on, to what is known of BLOCK_M rows.
+
+    totals holds Σ q of the classes so far. Until the last slice loss and log_sum hold -Σ q (s - row_max) and
+    Σ exp(s - row_max), then what they are called.
+    """
+    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.arange(0, BLOCK_N)
+    if PROBABILITIES:
+        read = m < M
+        t = tl.full((BLOCK_M,), -1, tl.int32)
+        poison = tl.zeros((BLOCK_M,), tl.float32)
+    else:
+        t, read, poison = load_class(target, m, stride_tm, M, V, ignore_index)
+    t = class_in_slice(t, first_class, N)
+    w_t = weight_of_class(weight, t, stride_w)
+
+    known = read & (first_class > 0)
+    highest = tl.load(row_max + m, mask=known, other=NEG_INF)
+    row_sum = tl.load(log_sum + m, mask=known, other=0.0)
+    total = tl.load(totals + m, mask=known, other=0.0)
+    row_loss = tl.load(loss + m, mask=known, other=0.0)
+    for start in range(0, N, BLOCK_N):
+        s = load_scores(x, m, start + n, stride_xm, stride_xn, N, read, softcap, SOFTCAP)
+        before = offset_of(highest)
+        highest, row_sum = add_to_sum(highest, row_sum, s)
+        offset = offset_of(highest)
+        row_loss += total * (offset - before)
+        if PROBABILITIES or SMOOTHED:
+            q = load_q(
+                target, weight, m, start + n, t, w_t, stride_tm, stride_tn, stride_w, N, V, read, smoothing,
+                PROBABILITIES, SMOOTHED,
+            )  # fmt: skip
+            row_loss += inner_loss(q, s - offset[:, None], start + n, N)
+            total += tl.sum(q, 1)
+    if not PROBABILITIES and not SMOOTHED:
+        at_t = tl.load(x + m * stride_xm + t.to(tl.int64) * stride_xn, mask=t >= 0, other=0.0).to(tl.float32)
+        if SOFTCAP:
+            at_t = softcap * tanh(at_t / softcap)
+        row_loss -= w_t * (at_t - offset_of(highest))
+        total += w_t
+
+    if first_class + N == V:
+        row_sum = tl.log(row_sum)
+        row_loss += total * row_sum + poison
+        if Z_LOSS:
+            lse = highest + row_sum
+            row_loss += z_loss * lse * lse
+        row_loss = tl.where(read, row_loss, 0.0)
+    tl.debug_barrier()  # what is overwritten has been read by every thread
+    tl.store(row_max + m, highest, mask=m < M)
+    tl.store(log_sum + m, row_sum, mask=m < M)
+    tl.store(totals + m, total, mask=m < M)
+    tl.store(loss + m, row_loss, mask=m < M)
+
+
+def launch_statistics(
+    losses: Tensor,
+    statistics: tuple[Tensor, Tensor, Tensor],
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    spec: CrossEntropySpec,
+    first_class: int,
+    V: int,
+) -> None:
+    """Adds a slice of V classes to losses and (row_max, log_sum, totals), all (rows,), contiguous and fp32."""
+    rows = Rows((logits, target if spec.probabilities else over_classes(target, logits, 1)), 1)
+    (*_, stride_xm, stride_xn), (*_, stride_tm, stride_tn) = rows.steps
+    _statistics_kernel[rows.grid](
+        losses, *statistics, logits, target, weight,
+        *options_of(spec), rows.M, rows.N, first_class, V,
+        stride_xm, stride_xn, stride_tm, stride_tn, stride_of(weight), **flags_of(spec), **rows.tile,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _Logits:
+    """x = h · weightᵀ + bias of the rows of a chunk, slice by slice of the classes, into one buffer."""
+
+    weight: Tensor  # (V, E)
+    bias: Tensor | None
+    class_weight: Tensor | None
+    divisor: Tensor | None
+    spec: CrossEntropySpec
+    slices: tuple[slice, ...]
+    buffer: Tensor
+
+    def of(self, h: Tensor, part: slice) -> Tensor:
+        w = self.weight[part].t()
+        x = self.buffer[: h.shape[0] * w.shape[1]].view(h.shape[0], w.shape[1])
+        return torch.mm(h, w, out=x) if self.bias is None else torch.addmm(self.bias[part], h, w, out=x)
+
+    def facts(self, target: Tensor, part: slice) -> tuple[Tensor, Tensor | None]:
+        """Target and class weights of a slice."""
+        weight = None if self.class_weight is None else self.class_weight[part]
+        return target[:, part] if self.spec.probabilities else target, weight
+
+    def gradients(
+        self, losses: Tensor, h: Tensor, target: Tensor, dloss: Tensor | None, wanted: bool
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """Fills the losses (rows,); yields each slice with dx (rows, classes of the slice), if that is wanted."""
+        if len(self.slices) == 1:
+            (part,) = self.slices
+            x = self.of(h, part)
+            dx = x if wanted else None
+            launch_rows(losses, None, None, self.divisor, dx, x, target, self.class_weight, self.spec, dloss)
+            if dx is not None:
+                yield part, dx
+            return
+        V = self.weight.shape[0]
+        row_max, log_sum, totals = (torch.empty_like(losses) for _ in range(3))
+        for part in self.slices:
+            facts = self.facts(target, part)
+            launch_statistics(
+                losses, (row_max, log_sum, totals), self.of(h, part), *facts, self.spec, part.start, V
+            )  # fmt: skip
+        if not wanted:
+            return
+        dloss = losses.new_ones(()) if dloss is None else dloss
+        for part in self.slices:
+            x = self.of(h, part)
+            launch_slice_gradient(
+                x, dloss, x, *self.facts(target, part), row_max, log_sum, self.divisor, self.spec,
+                totals, part.start, V,
+            )  # fmt: skip
+            yield part, x
 
 
 def launch(
@@ -49,26 +228,29 @@ def launch(
     """
     N, (V, E) = hidden.shape[0], weight.shape
     dhidden, dweight, dbias = gradients
-    rows = spec.chunk_size or rows_of_chunk(N, V, E, hidden.element_size())
+    rows, classes = chunk_of(N, V, E, hidden.element_size(), spec.chunk_size)
     several = rows < N and hidden.element_size() < 4
     sums = tuple(None if g is None else torch.zeros_like(g, dtype=torch.float32) if several else g.zero_()
                  for g in (dweight, dbias))  # fmt: skip
-    buffer = hidden.new_empty(min(rows, N), V)
+    slices = tuple(slice(first, min(first + classes, V)) for first in range(0, max(V, 1), max(classes, 1)))
+    buffer = hidden.new_empty(min(rows, N) * classes)
+    logits = _Logits(weight, bias, class_weight, divisor, spec.loss, slices, buffer)
     wanted = any(g is not None for g in gradients)
     for start in range(0, N, rows):
         chunk = slice(start, min(start + rows, N))
-        h, x = hidden[chunk], buffer[: min(rows, N - start)]
-        torch.mm(h, weight.t(), out=x) if bias is None else torch.addmm(bias, h, weight.t(), out=x)
-        launch_rows(
-            losses[chunk], None, None, divisor, x if wanted else None, x, target[chunk], class_weight, spec.loss,
-            None if dloss is None else dloss[chunk],
-        )  # fmt: skip
-        if dhidden is not None:
-            torch.mm(x, weight, out=dhidden[chunk])
-        if sums[0] is not None:
-            _add_product(sums[0], x.t(), h)
-        if sums[1] is not None:
-            sums[1].add_(x.sum(0, dtype=sums[1].dtype))
+        h, dh = hidden[chunk], None if dhidden is None else dhidden[chunk]
+        if dh is not None and len(slices) > 1:
+            dh = torch.zeros_like(dh, dtype=torch.float32)
+        factor = None if dloss is None else dloss[chunk]
+        for part, dx in logits.gradients(losses[chunk], h, target[chunk], factor, wanted):
+            if dh is not None:
+                _add_product(dh, dx, weight[part]) if len(slices) > 1 else torch.mm(dx, weight, out=dh)
+            if sums[0] is not None:
+                _add_product(sums[0][part], dx.t(), h)
+            if sums[1] is not None:
+                sums[1][part].add_(dx.sum(0, dtype=sums[1].dtype))
+        if dhidden is not None and dh is not None and len(slices) > 1:
+            dhidden[chunk].copy_(dh)
     for gradient, total in zip((dweight, dbias), sums, strict=True):
         if gradient is not None and total is not None and total is not gradient:
             gradient.copy_(total)
@@ -111,3 +293,29 @@ def launch_scaling(outs, factor: Tensor, gradients) -> None:
     for out, gradient in zip(outs, gradients, strict=True):
         if out is not None:
             launch_scale(out, gradient, factor, out.dim() - 1)
+
+
+def inspect_cases(arch: str) -> list[KernelCase]:
+    """The compilations that the ahead-of-time report shows: of slices that are longer than a tile."""
+    from fastattn.backends.triton.row_cases import SHAPES, row_case
+
+    cases = []
+    for dtype, N in SHAPES:
+        if N < 65536:
+            continue
+        config = config_of(N, 1 << 30, False, arch)
+        statistics = dict.fromkeys(("loss", "row_max", "log_sum", "totals"), "*fp32")
+        for feature, target, everything in (("plain", "i64", False), ("everything", "i64", True),
+                                            ("probabilities", dtype, True)):  # fmt: skip
+            pointers = statistics | {
+                "dloss": "*fp32", "divisor": "*fp32", "x": f"*{dtype}", "dx": f"*{dtype}", "target": f"*{target}",
+                "weight": "*fp32",
+            }  # fmt: skip
+            flags = {
+                "PROBABILITIES": target == dtype, "SMOOTHED": everything, "Z_LOSS": everything, "SOFTCAP": everything,
+                "stride_w": int(everything),
+            } | ({} if everything else {"weight": None})  # fmt: skip
+            for name, kernel in (("statistics", _statistics_kernel), ("gradient", backward_kernel)):
+                case = f"linear_cross_entropy/{name}/{feature}/{dtype}/{N}"
+                cases.append(row_case(case, kernel, config, pointers, **flags))
+    return cases

@@ -10,7 +10,7 @@ from fastattn.backends.triton.row_configs import RowConfig
 # (dtype, N): rows of one tile in every kernel up to 8192
 SHAPES = tuple((dtype, N) for dtype in ("bf16", "fp32") for N in (1024, 4096, 8192, 65536))
 _FLOATS = ("eps", "scale", "smoothing", "z_loss", "softcap")
-_UNKNOWN = ("M", "R1", "P", "shift", "ignore_index")  # integers of which nothing is assumed
+_UNKNOWN = ("M", "R1", "P", "shift", "ignore_index", "first_class")  # integers of which nothing is assumed
 
 
 def row_case(

@@ -144,7 +144,7 @@ PLANTED = [
     ("fastattn.functional", "async def f():\n    from fastattn.nn import Softmax", "imports fastattn.nn"),
     ("fastattn.functional._attention", "from fastattn.backends.eager import NAME", "imports fastattn.backends.eager"),
     ("fastattn.functional._softmax", "from ..nn import LayerNorm", "imports fastattn.nn"),
-    ("fastattn.nn.norm", "from fastattn.ops.layer_norm import layer_norm", "imports fastattn.ops.layer_norm"),
+    ("fastattn.nn.norm", "from fastattn.ops.norm import layer_norm", "imports fastattn.ops.norm"),
     ("fastattn.cli.inspect", "from fastattn.backends.triton import inspection", f"{TRITON}.inspection when"),
     ("fastattn.cli.inspect", "if TYPE_CHECKING:\n    pass\nelse:\n    import triton", "imports triton"),
     ("fastattn.shiny", "", "has no place among the layers"),
@@ -168,7 +168,10 @@ def test_planted_violation_is_found(module: str, source: str, violation: str):
         ("fastattn.cli.inspect", "if TYPE_CHECKING:\n    from fastattn.backends.triton.inspection import Report"),
         ("fastattn._arguments", "from fastattn.tracing import is_plain"),
         ("fastattn.functional", "from fastattn import backends\nfrom tritonclient import http"),
-        ("fastattn.functional._explain", "from fastattn.functional._attention import attention\nfrom . import _rows"),
+        (
+            "fastattn.functional._explain",
+            "from fastattn.functional._attention import attention\nfrom . import _softmax",
+        ),
     ],
 )
 def test_what_is_allowed_passes(module: str, source: str):

@@ -13,7 +13,8 @@ from torch.func import grad as func_grad
 from torch.func import vmap
 from torch.testing import assert_close
 
-from fastattn.reference.layer_norm import layer_norm
+from fastattn.reference.norm import add_residual
+from fastattn.reference.norm import norm as layer_norm
 from fastattn.reference.softmax import softmax
 
 INF, NAN = math.inf, math.nan
@@ -365,3 +366,24 @@ def test_layer_norm_maps_and_compiles():
     expected = torch.stack([func_grad(loss)(*pair) for pair in zip(x, weight, strict=True)])
     assert_close(vmap(func_grad(loss))(x, weight), expected)
     assert_close(torch.compile(loss, fullgraph=True, backend="eager")(x, weight[0]), loss(x, weight[0]))
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_rms_norm_is_torchs(offset):
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(n, generator=generator, dtype=torch.float64) for n in ((5, 3, 8), (3, 8)))
+    y = layer_norm(x, (3, 8), weight, eps=1e-3, rms=True, weight_offset=offset)
+    assert_close(y, F.rms_norm(x, (3, 8), weight + offset, 1e-3))
+
+
+def test_residual_is_added_in_its_own_dtype_and_rounded_once():
+    x, residual = torch.randn(4, 8).bfloat16(), torch.randn(4, 8)
+    assert add_residual(x, None, None, 0.0, 1) is x
+    h = add_residual(x, residual, None, 0.0, 1)
+    assert torch.equal(h, x.float() + residual)
+    h = add_residual(x, residual.bfloat16(), None, 0.0, 1)
+    assert torch.equal(h, (x.double() + residual.bfloat16().double()).float().bfloat16())
+    dropped = add_residual(x, residual, torch.tensor(3), 0.5, 1) == residual
+    kept = add_residual(x, residual, torch.tensor(3), 0.5, 1)[~dropped]
+    assert 0 < dropped.sum() < 32
+    assert torch.equal(kept, (2.0 * x.float() + residual)[~dropped])

@@ -357,3 +357,19 @@ def test_module_is_torchs(device):
     module.load_state_dict(theirs.state_dict())
     x, t = torch.randn(5, 8, device=device), torch.arange(5, device=device)
     torch.testing.assert_close(module(x, t), theirs(x, t))
+
+
+@pytest.mark.parametrize("backend", ["triton", "eager"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_ignored_rows_hold_whatever_they_hold(reduction, backend, device):
+    hidden, weight = make_inputs((5, 8), (9, 8), device=device)
+    target = torch.tensor([0, -100, 3, 4, -100], device=device)
+    results = []
+    for garbage in (0.0, torch.nan):
+        leaves = [
+            torch.where(target[:, None] == -100, garbage, hidden).requires_grad_(),
+            weight.clone().requires_grad_(),
+        ]
+        loss = fastattn.linear_cross_entropy(*leaves, target, reduction=reduction, chunk_size=2, backend=backend)
+        results.append((loss, *torch.autograd.grad(loss.sum(), leaves)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

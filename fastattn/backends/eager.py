@@ -223,4 +223,8 @@ def linear_cross_entropy(
     class_weight: Tensor | None,
     spec: LinearCrossEntropySpec,
 ) -> Tensor:
+    if not spec.loss.probabilities:
+        ignored = target.long() == spec.loss.ignore_index
+        if not (is_plain(hidden, target) and hidden.is_cpu) or ignored.any():
+            hidden = torch.where(ignored[:, None], 0.0, hidden)  # or weight's gradient has 0 · NaN
     return cross_entropy(torch.nn.functional.linear(hidden, weight, bias), target, class_weight, spec.loss)

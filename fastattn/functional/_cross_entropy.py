@@ -285,11 +285,12 @@ def linear_cross_entropy(
         the loss, () or, for "none", target's shape; hidden's dtype, float32 under autocast, which casts hidden, weight
         and bias as it does for torch.nn.functional.linear.
 
-        Beyond inputs, loss and gradients it takes memory for the logits of one chunk, 4 V (E + 1) bytes in which half-
-        precision gradients of weight and bias are accumulated if there are several chunks, and 4 N bytes. The logits
-        held at once take at most the larger of 64 MiB and half of weight's bytes (or chunk_size · 16 elements): a chunk
-        that has more of them goes through V in slices, each of whose logits are computed twice, once for the
-        statistics of the rows and once for the gradient; it takes another 4 (E + 3) bytes for each of its rows.
+        Beyond inputs, loss and gradients it takes memory for the logits of one chunk and a copy of its rows of hidden,
+        4 V (E + 1) bytes in which half-precision gradients of weight and bias are accumulated if there are several
+        chunks, and 4 N bytes. The logits held at once take at most the larger of 64 MiB and half of weight's
+        bytes (or chunk_size · 16 elements): a chunk that has more of them goes through V in slices, each of
+        whose logits are computed twice, once for the statistics of the rows and once for the gradient; it takes
+        another 4 (E + 3) bytes for each of its rows.
 
         For "mean" and "sum" the forward computes the gradients, which are kept in place of hidden and logits; for
         "none" and float16 the backward computes the logits again. Bytes moved, per chunk: hidden, weight once per

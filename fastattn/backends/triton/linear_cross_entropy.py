@@ -14,7 +14,7 @@ Where the logits of the fewest rows exceed their budget, V is walked through in 
 Memory, besides inputs and results: the logits of a chunk, or of a slice of it, which are at most the larger of 64 MiB
 and half of weight's bytes (or, if chunk_size is that large, 16 classes of each of its rows); 4 V · (E + 1) bytes for
 fp32 sums, if hidden has 16 bits and takes more than one chunk; 4 (E + 3) bytes per row of a chunk if V is sliced;
-4 bytes per row.
+a copy of the chunk's rows of hidden; 4 bytes per row.
 """
 
 from __future__ import annotations
@@ -239,6 +239,9 @@ def launch(
     for start in range(0, N, rows):
         chunk = slice(start, min(start + rows, N))
         h, dh = hidden[chunk], None if dhidden is None else dhidden[chunk]
+        if dweight is not None and not spec.loss.probabilities:
+            # The dx of an ignored row is 0, and so should be its share of dweight, whatever hidden holds there.
+            h = h.masked_fill((target[chunk].long() == spec.loss.ignore_index)[:, None], 0.0)
         if dh is not None and len(slices) > 1:
             dh = torch.zeros_like(dh, dtype=torch.float32)
         factor = None if dloss is None else dloss[chunk]

@@ -83,39 +83,44 @@ def cross_entropy(
         >>> cross_entropy(torch.zeros(2, 4), torch.tensor([1, 3]))
         tensor(1.3863)
     """
-    plain = is_plain(logits, target, weight) if isinstance(logits, Tensor) else True
-    run, spec = cross_entropy_plan(
-        logits, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap, inplace_backward, backend
+    run, spec = _plan(
+        backend,
+        *cross_entropy_arguments(
+            logits, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap, inplace_backward
+        ),
     )
-    check_classes("cross_entropy", target, spec, logits.shape[min(1, logits.dim() - 1)], plain)
+    check_classes("cross_entropy", target, spec, logits)
     if run.COMPOSITE:
         return run.cross_entropy(*at_least(spec.loss_dtype, logits, target, weight), spec)
-    if spec.gradient:
+    if torch.is_grad_enabled() and logits.requires_grad and forward_has_gradient(logits):
+        spec = replace(spec, gradient=True, inplace=inplace_backward)
         return cross_entropy_with_gradient((logits, target, weight), spec, run.NAME)[1]
     return cross_entropy_op((logits, target, weight), spec, run.NAME)[0]
 
 
-def cross_entropy_plan(
-    logits, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap, inplace_backward, backend
-) -> tuple[ModuleType, CrossEntropySpec]:
+def cross_entropy_arguments(
+    logits, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap, inplace_backward
+) -> tuple:
+    """What `cross_entropy_spec` takes, of arguments that are checked to be tensors."""
     fn = "cross_entropy"
     check.check_tensor(fn, "logits", logits)
     check.check_tensor(fn, "target", target)
     check.check_tensor(fn, "weight", weight, optional=True)
     check.check_bool(fn, "inplace_backward", inplace_backward)
-    wanted = torch.is_grad_enabled() and logits.requires_grad
-    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     if inplace_backward:
         check_overwritten(fn, logits, target, weight)
-    options = (ignore_index, reduction, label_smoothing, z_loss, softcap)
-    run, spec = _plan(
-        backend, facts(logits), facts(target), facts(weight), is_autocast(logits.device),
-        differentiated(target=target, weight=weight), *options,
+    return (
+        facts(logits), facts(target), facts(weight), is_autocast(logits.device),
+        differentiated(target=target, weight=weight),
+        ignore_index, reduction, label_smoothing, z_loss, softcap,
     )  # fmt: skip
-    # A float16 gradient divided by the rows before it is multiplied by a scaled loss would be rounded to 0.
-    if wanted and not transformed and logits.dtype != torch.float16 and not run.COMPOSITE:
-        spec = replace(spec, gradient=True, inplace=inplace_backward)
-    return run, spec
+
+
+def forward_has_gradient(x: Tensor) -> bool:
+    """Whether a loss may compute its gradient with its value. Transforms ask for other derivatives too; and a float16
+    gradient, divided by the rows before it is multiplied by a scaled loss, would be rounded to 0."""
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return not transformed and x.dtype != torch.float16
 
 
 def check_overwritten(fn: str, logits: Tensor, target: Tensor, weight: Tensor | None) -> None:
@@ -143,11 +148,14 @@ def check_overwritten(fn: str, logits: Tensor, target: Tensor, weight: Tensor | 
 
 
 @cached
-def _plan(
-    backend, logits, target, weight, under_autocast, differentiates, *options
-) -> tuple[ModuleType, CrossEntropySpec]:
-    spec = loss_spec("cross_entropy", logits, target, weight, options, under_autocast, differentiates)
+def _plan(backend, logits, *rest) -> tuple[ModuleType, CrossEntropySpec]:
+    spec = cross_entropy_spec(logits, *rest)
     return backends.select(spec, logits[2], backend), spec
+
+
+def cross_entropy_spec(logits, target, weight, under_autocast, differentiates, *options) -> CrossEntropySpec:
+    """Tensors as (shape, dtype, device)."""
+    return loss_spec("cross_entropy", logits, target, weight, options, under_autocast, differentiates)
 
 
 def loss_spec(
@@ -239,10 +247,14 @@ def at_least(loss_dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor |
     return tuple(t.float() if t is not None and t.dtype in half else t for t in tensors)
 
 
-def check_classes(fn: str, target: Tensor, spec: CrossEntropySpec, V: int, plain: bool) -> None:
-    """Raise for a class that does not exist, where a look costs nothing: CPU tensors in ordinary eager mode."""
-    if not plain or spec.probabilities or not target.is_cpu or target.numel() == 0:
+def check_classes(fn: str, target: Tensor, spec: CrossEntropySpec, x: Tensor, V: int | None = None) -> None:
+    """Raise for a class that does not exist, where a look costs nothing: CPU tensors in ordinary eager mode.
+
+    x: logits of V classes, their dimension 1; or what they are made of.
+    """
+    if spec.probabilities or not target.is_cpu or not is_plain(x, target) or target.numel() == 0:
         return
+    V = x.shape[min(1, x.dim() - 1)] if V is None else V
     target = target.long()  # in a narrower type V might not be a number
     wrong = ((target < 0) | (target >= V)) & (target != spec.ignore_index)
     if wrong.any():
@@ -306,24 +318,38 @@ def linear_cross_entropy(
         >>> linear_cross_entropy(torch.zeros(2, 8), torch.ones(4, 8), torch.tensor([1, 3]))
         tensor(1.3863)
     """
-    run, spec, tensors = linear_cross_entropy_plan(
-        hidden, weight, target, bias, class_weight, (ignore_index, reduction, label_smoothing, z_loss, softcap),
-        chunk_size, backend,
-    )  # fmt: skip
-    check_classes("linear_cross_entropy", target, spec.loss, weight.shape[0], is_plain(hidden, weight, target))
+    arguments, (hidden, weight, bias) = linear_cross_entropy_arguments(
+        hidden,
+        weight,
+        target,
+        bias,
+        class_weight,
+        ignore_index,
+        reduction,
+        label_smoothing,
+        z_loss,
+        softcap,
+        chunk_size,
+    )
+    run, spec = _linear_plan(backend, *arguments)
+    rows = hidden.reshape(hidden.shape[:-1].numel(), hidden.shape[-1])
+    target = target.reshape(rows.shape[0], weight.shape[0]) if spec.loss.probabilities else target.reshape(-1)
+    check_classes("linear_cross_entropy", target, spec.loss, rows, weight.shape[0])
+    tensors = (rows, weight, target, bias, class_weight)
+    wanted = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias))
     if run.COMPOSITE:
         loss = run.linear_cross_entropy(*tensors, spec)
-    elif any(spec.gradients):
-        loss = linear_cross_entropy_with_gradient(tensors, spec, run.NAME)[0]
+    elif any(wanted) and reduction != "none" and forward_has_gradient(hidden):
+        loss = linear_cross_entropy_with_gradient(tensors, replace(spec, gradients=wanted), run.NAME)[0]
     else:
         loss = linear_cross_entropy_op(tensors, spec, run.NAME)[0]
     return loss.reshape(hidden.shape[:-1]) if reduction == "none" else loss
 
 
-def linear_cross_entropy_plan(
-    hidden, weight, target, bias, class_weight, options, chunk_size, backend
-) -> tuple[ModuleType, LinearCrossEntropySpec, tuple[Tensor | None, ...]]:
-    """The backend, the spec, and the tensors with one dimension of rows and autocast's dtypes."""
+def linear_cross_entropy_arguments(
+    hidden, weight, target, bias, class_weight, ignore_index, reduction, label_smoothing, z_loss, softcap, chunk_size
+) -> tuple[tuple, tuple[Tensor, Tensor, Tensor | None]]:
+    """What `linear_cross_entropy_spec` takes; and hidden, weight and bias in autocast's dtypes."""
     fn = "linear_cross_entropy"
     named = {"hidden": hidden, "weight": weight, "target": target, "bias": bias, "class_weight": class_weight}
     for name, t in named.items():
@@ -333,34 +359,22 @@ def linear_cross_entropy_plan(
     under_autocast = is_autocast(hidden.device)
     hidden, weight = autocast(hidden, weight)
     bias = None if bias is None else autocast(bias)[0]
-    run, spec = _linear_plan(
-        backend, facts(hidden), facts(weight), facts(target), facts(bias), facts(class_weight), chunk_size,
-        under_autocast, differentiated(target=target, class_weight=class_weight), *options,
+    arguments = (
+        facts(hidden), facts(weight), facts(target), facts(bias), facts(class_weight), chunk_size, under_autocast,
+        differentiated(target=target, class_weight=class_weight),
+        ignore_index, reduction, label_smoothing, z_loss, softcap,
     )  # fmt: skip
-    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    if (
-        torch.is_grad_enabled() and not transformed and not run.COMPOSITE
-        and hidden.dtype != torch.float16 and spec.loss.reduction != "none"
-    ):  # fmt: skip
-        wanted = tuple(t is not None and t.requires_grad for t in (hidden, weight, bias))
-        spec = replace(spec, gradients=wanted)
-    rows = hidden.reshape(-1, hidden.shape[-1]) if hidden.shape[-1] else hidden.new_empty(hidden.shape[:-1].numel(), 0)
-    target = target.reshape(rows.shape[0], weight.shape[0]) if spec.loss.probabilities else target.reshape(-1)
-    return run, spec, (rows, weight, target, bias, class_weight)
+    return arguments, (hidden, weight, bias)
 
 
 @cached
-def _linear_plan(
-    backend, hidden, weight, target, bias, class_weight, chunk_size, under_autocast, differentiates, *options
-) -> tuple[ModuleType, LinearCrossEntropySpec]:
-    spec = linear_loss_spec(
-        hidden, weight, target, bias, class_weight, options, chunk_size, under_autocast, differentiates
-    )
+def _linear_plan(backend, hidden, *rest) -> tuple[ModuleType, LinearCrossEntropySpec]:
+    spec = linear_cross_entropy_spec(hidden, *rest)
     return backends.select(spec, hidden[2], backend), spec
 
 
-def linear_loss_spec(
-    hidden, weight, target, bias, class_weight, options, chunk_size, under_autocast, differentiates
+def linear_cross_entropy_spec(
+    hidden, weight, target, bias, class_weight, chunk_size, under_autocast, differentiates, *options
 ) -> LinearCrossEntropySpec:
     """Tensors as (shape, dtype, device)."""
     fn = "linear_cross_entropy"

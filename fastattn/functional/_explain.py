@@ -13,13 +13,12 @@ from fastattn.errors import ArgumentTypeError, FastattnError, kind
 from fastattn.functional._attention import attention, varlen_attention
 from fastattn.functional._cross_entropy import (
     check_classes,
-    check_overwritten,
     cross_entropy,
-    differentiated,
-    is_autocast,
+    cross_entropy_arguments,
+    cross_entropy_spec,
     linear_cross_entropy,
-    linear_loss_spec,
-    loss_spec,
+    linear_cross_entropy_arguments,
+    linear_cross_entropy_spec,
 )
 from fastattn.functional._dropout_add import dropout_add, dropout_add_arguments, dropout_add_spec
 from fastattn.functional._gated import gated_spec, geglu, swiglu
@@ -28,7 +27,6 @@ from fastattn.functional._plan import autocast, facts
 from fastattn.functional._rotary import check_rotary_values, rotary_arguments, rotary_embedding, rotary_spec
 from fastattn.functional._sdpa import in_sdpa_names, scaled_dot_product_attention, sdpa_arguments
 from fastattn.functional._softmax import check_softmax_mask, log_softmax, softmax, softmax_overwrites
-from fastattn.tracing import is_plain
 
 
 def explain(fn: Callable, *args: Any, **kwargs: Any) -> Explanation:
@@ -144,41 +142,16 @@ def _rotary_spec(x, cos, sin, interleaved, position_ids, cu_seqlens, inplace, ba
     return spec, q.device
 
 
-def _cross_entropy_spec(
-    logits, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap, inplace_backward, backend
-):
-    fn = "cross_entropy"
-    for name, t in (("logits", logits), ("target", target), ("weight", weight)):
-        check.check_tensor(fn, name, t, optional=name == "weight")
-    check.check_bool(fn, "inplace_backward", inplace_backward)
-    if inplace_backward:
-        check_overwritten(fn, logits, target, weight)
-    spec = loss_spec(
-        fn, facts(logits), facts(target), facts(weight),
-        (ignore_index, reduction, label_smoothing, z_loss, softcap), is_autocast(logits.device),
-        differentiated(target=target, weight=weight),
-    )  # fmt: skip
-    check_classes(fn, target, spec, logits.shape[min(1, logits.dim() - 1)], is_plain(logits, target, weight))
+def _cross_entropy_spec(logits, target, *, backend, **options):
+    spec = cross_entropy_spec(*cross_entropy_arguments(logits, target, **options))
+    check_classes("cross_entropy", target, spec, logits)
     return spec, logits.device
 
 
-def _linear_cross_entropy_spec(
-    hidden, weight, target, bias, class_weight, ignore_index, reduction, label_smoothing, z_loss, softcap, chunk_size,
-    backend,
-):  # fmt: skip
-    fn = "linear_cross_entropy"
-    named = {"hidden": hidden, "weight": weight, "target": target, "bias": bias, "class_weight": class_weight}
-    for name, t in named.items():
-        check.check_tensor(fn, name, t, optional=name in ("bias", "class_weight"))
-    check.check_float_dtype(fn, "hidden", hidden.dtype)
-    check.check_float_dtype(fn, "weight", weight.dtype)
-    cast = [None if t is None else autocast(t)[0] for t in (hidden, weight, bias)]
-    spec = linear_loss_spec(
-        facts(cast[0]), facts(cast[1]), facts(target), facts(cast[2]), facts(class_weight),
-        (ignore_index, reduction, label_smoothing, z_loss, softcap), chunk_size, is_autocast(hidden.device),
-        differentiated(target=target, class_weight=class_weight),
-    )  # fmt: skip
-    check_classes(fn, target, spec.loss, weight.shape[0], is_plain(hidden, weight, target))
+def _linear_cross_entropy_spec(hidden, weight, target, *, backend, **options):
+    arguments, _ = linear_cross_entropy_arguments(hidden, weight, target, **options)
+    spec = linear_cross_entropy_spec(*arguments)
+    check_classes("linear_cross_entropy", target, spec.loss, hidden, weight.shape[0])
     return spec, hidden.device
 
 

@@ -83,15 +83,6 @@ def check_broadcast(fn: str, name: str, shape: Sequence[int], target: Sequence[i
         )
 
 
-def refuse(fn: str, **arguments: Any) -> None:
-    """Keywords that are in the signature and not built yet: refused by name unless they say nothing."""
-    for name, (value, nothing) in arguments.items():
-        is_number = isinstance(value, (int, float))
-        if value is not nothing and not (is_number and value == nothing):
-            given = value if is_number else kind(value)
-            raise UnsupportedError(f"{fn}: `{name}` is {given}, which is not implemented yet; leave it at {nothing!r}.")
-
-
 def alignment(fn: str, causal: Any, S_q: int, S_k: int) -> tuple[bool, bool]:
     """-> (is it causal, is the diagonal top-left)."""
     if causal is False:

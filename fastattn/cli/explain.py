@@ -12,13 +12,27 @@ import torch
 import fastattn
 from fastattn import backends
 
+Functions = argparse._SubParsersAction  # of the parsers of one function each
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser("explain", help="which backend would run a call, and why not the others")
     functions = parser.add_subparsers(required=True, metavar="FUNCTION")
+    add_attention(functions)
+    add_norms(functions)
+    add_softmax(functions)
+    add_elementwise(functions)
+    add_losses(functions)
+    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    for function in functions.choices.values():
+        function.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+        function.add_argument("--device", choices=(*gpus, "cpu"), default=gpus[0] if gpus else "cpu")
+        function.add_argument("--backend", choices=backends.ORDER, help="ask for this one, as backend= does")
+        function.set_defaults(run=run)
 
+
+def add_attention(functions: Functions) -> None:
     attention = functions.add_parser("attention", help="fused attention")
     attention.add_argument("--shape", type=int, nargs=4, default=(2, 8, 1024, 64), metavar=("B", "H", "S_q", "D"))
     attention.add_argument("--keys", type=int, metavar="S_k", help="length of k and v; default: S_q")
@@ -37,55 +51,57 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         function.add_argument("--softcap", type=float)
         add_causal(function)
 
+
+def add_norms(functions: Functions) -> None:
     layer_norm = functions.add_parser("layer_norm", help="layer normalisation over the last dimension")
     layer_norm.set_defaults(call=layer_norm_call)
     rms_norm = functions.add_parser("rms_norm", help="root-mean-square normalisation over the last dimension")
     rms_norm.set_defaults(call=rms_norm_call)
     for function in (layer_norm, rms_norm):
-        function.add_argument("--shape", type=int, nargs="+", default=(4096, 1024), metavar="SIZE")
+        add_shape(function)
         function.add_argument("--residual", action="store_true", help="behind the sum of a residual connection")
         function.add_argument(
             "--dropout", type=float, default=0.0, metavar="P", help="of what is added to the residual"
         )
 
+
+def add_softmax(functions: Functions) -> None:
     softmax = functions.add_parser("softmax", help="softmax over one dimension")
-    softmax.add_argument("--shape", type=int, nargs="+", default=(4096, 1024), metavar="SIZE")
+    add_shape(softmax)
     softmax.add_argument("--dim", type=int, default=-1)
     add_causal(softmax)
     softmax.set_defaults(call=softmax_call)
 
+
+def add_elementwise(functions: Functions) -> None:
     rotary = functions.add_parser("rotary_embedding", help="rotary position embedding of q and k")
     rotary.add_argument("--shape", type=int, nargs=4, default=(2, 8, 1024, 64), metavar=("B", "H", "S", "D"))
     rotary.set_defaults(call=rotary_call)
-
-    pairs = []
     for name, what in (
         ("swiglu", "gated activation with silu"),
         ("geglu", "gated activation with gelu"),
         ("dropout_add", "dropout and the addition of a residual"),
     ):
         function = functions.add_parser(name, help=what)
-        function.add_argument("--shape", type=int, nargs="+", default=(4096, 1024), metavar="SIZE")
+        add_shape(function)
         function.set_defaults(call=pair_call, function=name)
-        pairs.append(function)
 
+
+def add_losses(functions: Functions) -> None:
     loss = functions.add_parser("cross_entropy", help="cross entropy of logits with classes")
-    loss.add_argument("--shape", type=int, nargs="+", default=(4096, 32_000), metavar="SIZE", help="of the logits")
+    add_shape(loss, (4096, 32_000), "of the logits")
     loss.set_defaults(call=cross_entropy_call)
     linear_loss = functions.add_parser("linear_cross_entropy", help="the same of a linear layer, without its logits")
-    linear_loss.add_argument("--shape", type=int, nargs="+", default=(4096, 1024), metavar="SIZE", help="of hidden")
+    add_shape(linear_loss, what="of hidden")
     linear_loss.add_argument("--classes", type=int, default=32_000, metavar="V")
     linear_loss.set_defaults(call=linear_cross_entropy_call)
     for function in (loss, linear_loss):
         function.add_argument("--z-loss", type=float, default=0.0)
         function.add_argument("--softcap", type=float)
 
-    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-    for function in (attention, varlen, layer_norm, rms_norm, softmax, rotary, *pairs, loss, linear_loss):
-        function.add_argument("--dtype", choices=DTYPES, default="bfloat16")
-        function.add_argument("--device", choices=(*gpus, "cpu"), default=gpus[0] if gpus else "cpu")
-        function.add_argument("--backend", choices=backends.ORDER, help="ask for this one, as backend= does")
-        function.set_defaults(run=run)
+
+def add_shape(parser: argparse.ArgumentParser, default: Sequence[int] = (4096, 1024), what: str | None = None) -> None:
+    parser.add_argument("--shape", type=int, nargs="+", default=default, metavar="SIZE", help=what)
 
 
 def add_causal(parser: argparse.ArgumentParser) -> None:

@@ -10,8 +10,9 @@ makes
 
 The kernels compute the operator and its gradient, and a definition may bring one for forward mode. When the gradient
 is itself differentiated, what is needed is computed from the inputs by the definition's `reference`, to any order:
-right, but unfused, which for attention holds S_q × S_k matrices. Nothing is spent on it before. Code that
-torch.compile compiled cannot be differentiated twice: that is PyTorch's limit.
+right, but unfused, which for attention holds S_q × S_k matrices. Nothing is spent on it before. The losses, which keep
+their gradient instead of their input, refuse it. Code that torch.compile compiled cannot be differentiated twice: that
+is PyTorch's limit.
 """
 
 from __future__ import annotations
@@ -200,7 +201,7 @@ class Operator:
         if d.reference_backward is not None:
             found = d.reference_backward(grads, by_name, spec)
             return tuple(g if want else None for g, want in zip(found, wanted, strict=True))
-        if not by_name.keys() >= set(self.input_names):
+        if self._is_last:
             raise UnsupportedError(f"{spec.op}: {CANNOT_BE_DIFFERENTIATED_AGAIN}")
         inputs = tuple(by_name[name] for name in self.input_names)
         return vjp(lambda inputs: d.reference(inputs, spec), inputs, wanted, grads)

@@ -21,7 +21,6 @@ kernel computes it, from the targets alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,11 +30,21 @@ from torch import Tensor
 
 from fastattn.backends.triton.blocks.cast import cast
 from fastattn.backends.triton.blocks.constants import NEG_INF
-from fastattn.backends.triton.blocks.rows import inside, load_rows, store_rows
+from fastattn.backends.triton.blocks.cross_entropy import (
+    class_in_slice,
+    inner_loss,
+    load_class,
+    load_q,
+    load_scores,
+    score_gradient,
+    weight_of_class,
+)
+from fastattn.backends.triton.blocks.rows import inside, load_rows, locate_lines, store_rows
 from fastattn.backends.triton.blocks.score import tanh
+from fastattn.backends.triton.blocks.softmax import online_sum
 from fastattn.backends.triton.configs import arch_of
 from fastattn.backends.triton.row_configs import RowConfig, row_config, warp_size
-from fastattn.backends.triton.row_layout import merge_dimensions
+from fastattn.backends.triton.row_layout import Lines, lines_along
 from fastattn.spec import CrossEntropySpec
 
 if TYPE_CHECKING:
@@ -43,113 +52,6 @@ if TYPE_CHECKING:
 
 TILES = 3  # s, p, and q
 SUM_BLOCK, SUM_ROUNDS, MOST_SUMS = 2048, 16, 1024
-NAN: tl.constexpr = tl.constexpr(float("nan"))
-
-
-@triton.jit
-def load_scores(x, m, n, stride_m, stride_n, N, read, softcap, SOFTCAP: tl.constexpr):
-    """s (BLOCK_M, BLOCK_N) of rows to be read; -inf after the last class."""
-    s = load_rows(x, m, n, stride_m, stride_n, read[:, None] & (n < N)[None, :])
-    if SOFTCAP:
-        s = softcap * tanh(s / softcap)
-    return tl.where((n < N)[None, :], s, NEG_INF)
-
-
-@triton.jit
-def offset_of(row_max):
-    """The maximum of each row so far, 0 as long as nothing but -inf has come by."""
-    return tl.where(row_max == NEG_INF, 0.0, row_max)
-
-
-@triton.jit
-def add_to_sum(row_max, row_sum, s):
-    """The maximum of each row so far, and Σ exp(s - maximum), with one more tile of s."""
-    new_max = tl.maximum(row_max, tl.max(s, 1))
-    offset = offset_of(new_max)
-    row_sum = row_sum * tl.exp(row_max - offset) + tl.sum(tl.exp(s - offset[:, None]), 1)
-    return new_max, row_sum
-
-
-@triton.jit
-def load_class(target, m, stride_m, M, V, ignore_index):
-    """The class t of each row, -1 where there is none; which rows count; NaN for one whose class is none of V, or 0."""
-    t = tl.load(target + m * stride_m, mask=m < M, other=0).to(tl.int64)
-    counts = (m < M) & (t != ignore_index)
-    exists = (t >= 0) & (t < V)
-    tl.device_assert(exists | ~counts, "cross_entropy: a target is neither a class nor ignore_index")
-    poison = tl.where(exists | ~counts, 0.0, NAN)
-    return tl.where(exists & counts, t, -1).to(tl.int32), counts, poison
-
-
-@triton.jit
-def class_in_slice(t, first, N):
-    """The class t of each row, counted from `first`, if it is one of the N that begin there; else -1."""
-    return tl.where((t >= first) & (t < first + N), t - first, -1)
-
-
-@triton.jit
-def class_weights(weight, n, stride_w, N):
-    """w (BLOCK_N,), 0 after the last class."""
-    return tl.load(weight + n.to(tl.int64) * stride_w, mask=n < N, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def weight_of_class(weight, t, stride_w):
-    """w_t of each row, 0 for one without a class."""
-    if weight is None:
-        return tl.where(t >= 0, 1.0, 0.0)
-    else:
-        return tl.load(weight + t.to(tl.int64) * stride_w, mask=t >= 0, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def load_q(
-    target, weight, m, n, t, w_t, stride_tm, stride_tn, stride_w, N, V, read, smoothing,
-    PROBABILITIES: tl.constexpr, SMOOTHED: tl.constexpr,
-):  # fmt: skip
-    """q (BLOCK_M, BLOCK_N) of N of V classes, 0 after the last."""
-    if PROBABILITIES:
-        q = load_rows(target, m, n, stride_tm, stride_tn, read[:, None] & (n < N)[None, :])
-        if SMOOTHED:
-            q = tl.where((n < N)[None, :], q * (1.0 - smoothing) + smoothing / V, 0.0)
-        if weight is not None:
-            q *= class_weights(weight, n, stride_w, N)[None, :]
-    else:
-        q = tl.where(n[None, :] == t[:, None], ((1.0 - smoothing) * w_t)[:, None], 0.0)
-        if SMOOTHED:
-            if weight is None:
-                q += tl.where(n < N, smoothing / V, 0.0)[None, :]
-            else:
-                q += (smoothing / V * class_weights(weight, n, stride_w, N))[None, :]
-    return q
-
-
-@triton.jit
-def inner_loss(q, log_p, n, N):
-    """-Σ_j q_j log p_j over a tile."""
-    return -tl.sum(tl.where((n < N)[None, :], q * log_p, 0.0), 1)
-
-
-@triton.jit
-def score_gradient(s, log_p, q, total, pull, factor, softcap, Z_LOSS: tl.constexpr, SOFTCAP: tl.constexpr):
-    """dx = (total · p - q + pull · p) · ds / dx · factor, with total = Σ q and pull = 2 z_loss lse."""
-    p = tl.exp(log_p)
-    dx = total[:, None] * p - q
-    if Z_LOSS:  # apart from total: where p is close to q the difference of those two is small
-        dx += pull[:, None] * p
-    dx *= factor[:, None]
-    if SOFTCAP:
-        ratio = s / softcap
-        dx *= 1.0 - ratio * ratio
-    return dx
-
-
-@triton.jit
-def _locate(R1, M, BLOCK_M: tl.constexpr):
-    """This program's place in the two outer dimensions, and its first row in the inner one; all int64."""
-    blocks = tl.cdiv(M, BLOCK_M)
-    outer = (tl.program_id(0) // blocks).to(tl.int64)
-    return outer // R1, outer % R1, (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_M
 
 
 @triton.jit(do_not_specialize=["ignore_index", "R1"])
@@ -164,17 +66,12 @@ def _forward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ONE_TILE: tl.constexpr,
 ):  # fmt: skip
     """One program computes BLOCK_M rows: loss, and dx or what the backward needs to compute it."""
-    r0, r1, first = _locate(R1, M, BLOCK_M)
+    r0, r1, first = locate_lines(R1, M, BLOCK_M)
     x += r0 * stride_x0 + r1 * stride_x1
     target += r0 * stride_t0 + r1 * stride_t1
     m = first + tl.arange(0, BLOCK_M)
     n = tl.arange(0, BLOCK_N)
-    if PROBABILITIES:
-        read = m < M
-        t = tl.full((BLOCK_M,), -1, tl.int32)
-        poison = tl.zeros((BLOCK_M,), tl.float32)
-    else:
-        t, read, poison = load_class(target, m, stride_tm, M, N, ignore_index)
+    t, read, poison = load_class(target, m, stride_tm, M, N, ignore_index, PROBABILITIES)
     w_t = weight_of_class(weight, t, stride_w)
     SPREAD: tl.constexpr = PROBABILITIES or SMOOTHED  # q is more than one class
 
@@ -195,7 +92,7 @@ def _forward_kernel(
     else:
         for start in range(0, N, BLOCK_N):
             s = load_scores(x, m, start + n, stride_xm, stride_xn, N, read, softcap, SOFTCAP)
-            row_max, row_sum = add_to_sum(row_max, row_sum, s)
+            row_max, row_sum = online_sum(row_max, row_sum, s)
             if SPREAD:
                 total += tl.sum(load_q(
                     target, weight, m, start + n, t, w_t, stride_tm, stride_tn, stride_w, N, N, read, smoothing,
@@ -266,18 +163,13 @@ def backward_kernel(
 
     With `totals`, which then holds Σ q of each row, x is N of V classes, from first_class on.
     """
-    r0, r1, first = _locate(R1, M, BLOCK_M)
+    r0, r1, first = locate_lines(R1, M, BLOCK_M)
     dx += r0 * stride_dx0 + r1 * stride_dx1
     x += r0 * stride_x0 + r1 * stride_x1
     target += r0 * stride_t0 + r1 * stride_t1
     m = first + tl.arange(0, BLOCK_M)
     n = tl.arange(0, BLOCK_N)
-    if PROBABILITIES:
-        read = m < M
-        t = tl.full((BLOCK_M,), -1, tl.int32)
-        poison = tl.zeros((BLOCK_M,), tl.float32)
-    else:
-        t, read, poison = load_class(target, m, stride_tm, M, V, ignore_index)
+    t, read, poison = load_class(target, m, stride_tm, M, V, ignore_index, PROBABILITIES)
     if first_class is not None:
         t = class_in_slice(t, first_class, N)
     w_t = weight_of_class(weight, t, stride_w)
@@ -333,7 +225,7 @@ def _count_kernel(out, target, weight, ignore_index, P, N, rounds, stride_w, BLO
     total = tl.zeros((BLOCK,), tl.float32)
     for i in range(rounds):
         p = first + i * BLOCK + tl.arange(0, BLOCK)
-        t, _, _ = load_class(target, p, 1, P, N, ignore_index)
+        t, _, _ = load_class(target, p, 1, P, N, ignore_index, False)
         total += weight_of_class(weight, t, stride_w)
     tl.store(out + tl.program_id(0), tl.sum(total, 0))
 
@@ -347,7 +239,7 @@ def _scale_kernel(
     IN_PLACE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """out = factor · x, one program for BLOCK_M rows; over at once where that is nothing to do."""
-    r0, r1, first = _locate(R1, M, BLOCK_M)
+    r0, r1, first = locate_lines(R1, M, BLOCK_M)
     m = first + tl.arange(0, BLOCK_M)
     f = tl.load(factor + r0 * stride_f0 + r1 * stride_f1 + m * stride_fm, mask=m < M, other=1.0).to(tl.float32)
     columns = N
@@ -369,27 +261,11 @@ def config_of(N: int, M: int, class_inside: bool, arch: str) -> RowConfig:
     return config
 
 
-class Rows:
-    """How a kernel runs over the rows of tensors that have one shape, x the first; classes are dimension `dim`."""
-
-    def __init__(self, tensors: Sequence[Tensor], dim: int):
-        shape, strides = tensors[0].shape, [t.stride() for t in tensors]
-        dims = [d for d in range(len(shape)) if d != dim]
-        dims.sort(key=lambda d: strides[0][d], reverse=True)
-        merged = merge_dimensions(dims, shape, strides)
-        self.mergeable = len(merged) <= 3
-        if not self.mergeable:
-            return
-        merged = [(1, (0,) * len(strides))] * (3 - len(merged)) + merged
-        R0, self.R1, self.M = (size for size, _ in merged)
-        self.N = shape[dim]
-        self.steps = tuple((*(step[i] for _, step in merged), s[dim]) for i, s in enumerate(strides))
-        class_inside = self.steps[0][2] == 1 and self.steps[0][3] != 1
-        config = config_of(self.N, self.M, class_inside, arch_of(tensors[0].device))
-        self.grid = (R0 * self.R1 * triton.cdiv(self.M, config.rows_per_program),)
-        self.tile = {
-            "BLOCK_M": config.rows_per_program, "BLOCK_N": config.BLOCK_N, "num_warps": config.num_warps,
-        }  # fmt: skip
+def tile_of(lines: Lines, device: torch.device) -> tuple[tuple[int], dict[str, int]]:
+    """Grid and tile of a kernel that runs over lines of classes."""
+    config = config_of(lines.N, lines.M, lines.side_by_side, arch_of(device))
+    tile = {"BLOCK_M": config.rows_per_program, "BLOCK_N": config.BLOCK_N, "num_warps": config.num_warps}
+    return (lines.R0 * lines.R1 * triton.cdiv(lines.M, config.rows_per_program),), tile
 
 
 def over_classes(t: Tensor, logits: Tensor, dim: int) -> Tensor:
@@ -486,8 +362,9 @@ def launch_rows(
     """Row losses, not reduced, and what there is of the others; dloss, fp32 like losses, is a factor on dlogits."""
     dim = min(1, logits.dim() - 1)
     classes = target if spec.probabilities else over_classes(target, logits, dim)
-    rows = Rows((logits, logits if dlogits is None else dlogits, classes, over_classes(losses, logits, dim)), dim)
-    if not rows.mergeable:
+    into = logits if dlogits is None else dlogits
+    lines = lines_along(dim, (logits, into, classes, over_classes(losses, logits, dim)))
+    if lines is None:
         # Five dimensions or more, through which the tensors run in different orders: rare enough to be copied.
         dense = None if dlogits is None else torch.empty_like(logits, memory_format=torch.contiguous_format)
         target = target.contiguous()
@@ -495,11 +372,12 @@ def launch_rows(
         if dlogits is not None and dense is not None:
             dlogits.copy_(dense)
         return
-    x, dx, t, row = rows.steps
-    _forward_kernel[rows.grid](
+    x, dx, t, row = lines.steps
+    grid, tile = tile_of(lines, logits.device)
+    _forward_kernel[grid](
         losses, row_max, log_sum, dlogits, logits, target, weight, divisor, dloss,
-        *options_of(spec), rows.R1, rows.M, rows.N, *row[:3], *dx, *x, *t, stride_of(weight),
-        **flags_of(spec), **rows.tile, ONE_TILE=rows.tile["BLOCK_N"] >= rows.N,
+        *options_of(spec), lines.R1, lines.M, lines.N, *row[:3], *dx, *x, *t, stride_of(weight),
+        **flags_of(spec), **tile, ONE_TILE=tile["BLOCK_N"] >= lines.N,
     )  # fmt: skip
 
 
@@ -526,19 +404,20 @@ def launch_backward(
     dim = min(1, logits.dim() - 1)
     classes = target if spec.probabilities else over_classes(target, logits, dim)
     expanded = (over_classes(t, logits, dim) for t in (row_max, dloss))
-    rows = Rows((logits, dlogits, classes, *expanded), dim)
-    if not rows.mergeable:
+    lines = lines_along(dim, (logits, dlogits, classes, *expanded))
+    if lines is None:
         dense = torch.empty_like(logits, memory_format=torch.contiguous_format)
         dloss, target = dloss.contiguous(), target.contiguous()
         launch_backward(dense, dloss, logits.contiguous(), target, weight, row_max, log_sum, divisor, spec)
         dlogits.copy_(dense)
         return
-    x, dx, t, row, dl = rows.steps
-    backward_kernel[rows.grid](
+    x, dx, t, row, dl = lines.steps
+    grid, tile = tile_of(lines, logits.device)
+    backward_kernel[grid](
         dlogits, dloss, row_max, log_sum, totals, logits, target, weight, divisor if spec.divides else None,
-        *options_of(spec), rows.R1, rows.M, rows.N, first_class, rows.N if V is None else V,
+        *options_of(spec), lines.R1, lines.M, lines.N, first_class, lines.N if V is None else V,
         *row[:3], *dl[:3], *dx, *x, *t, stride_of(weight),
-        **flags_of(spec), **rows.tile,
+        **flags_of(spec), **tile,
     )  # fmt: skip
 
 
@@ -546,14 +425,13 @@ def launch_scale(out: Tensor, x: Tensor, factor: Tensor, dim: int) -> None:
     """out = factor · x, factor of the shape of x without `dim`, or of none; out may be x."""
     if x.numel() == 0:
         return
-    rows = Rows((x, out, over_classes(factor, x, dim)), dim)
-    if not rows.mergeable:
+    lines = lines_along(dim, (x, out, over_classes(factor, x, dim)))
+    if lines is None:
         out.copy_(x.float() * over_classes(factor, x, dim))
         return
-    at, to, row = rows.steps
-    _scale_kernel[rows.grid](
-        out, x, factor, rows.R1, rows.M, rows.N, *row[:3], *to, *at, IN_PLACE=out is x, **rows.tile
-    )
+    at, to, row = lines.steps
+    grid, tile = tile_of(lines, x.device)
+    _scale_kernel[grid](out, x, factor, lines.R1, lines.M, lines.N, *row[:3], *to, *at, IN_PLACE=out is x, **tile)
 
 
 def inspect_cases(arch: str) -> list[KernelCase]:

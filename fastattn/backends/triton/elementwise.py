@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastattn.backends.triton.configs import next_power_of_2
 from fastattn.backends.triton.row_configs import ELEMENTS, MIN_THREADS, RowConfig, warp_size
-from fastattn.backends.triton.row_layout import merge_dimensions
+from fastattn.backends.triton.row_layout import merge_dimensions, padded
 
 
 @triton.jit
@@ -58,9 +58,8 @@ def merge(tensors: Sequence[Tensor], keep_rows: bool = False) -> Grid | None:
         merged.append((shape[-1], tuple(s[-1] for s in strides)))
     if len(merged) > 4:
         return None
-    merged = [(1, (0,) * len(strides))] * (4 - len(merged)) + merged
-    R0, R1, M, N = (size for size, _ in merged)
-    return Grid((R0, R1, M, N), tuple(zip(*(steps for _, steps in merged), strict=True)))
+    sizes, steps = zip(*padded(merged, 4, len(tensors)), strict=True)
+    return Grid(sizes, tuple(zip(*steps, strict=True)))
 
 
 def tile_config(M: int, N: int, arch: str) -> RowConfig:

@@ -29,29 +29,31 @@ import triton.language as tl
 from torch import Tensor
 
 from fastattn.backends.triton.blocks.constants import NEG_INF
-from fastattn.backends.triton.blocks.score import tanh
-from fastattn.backends.triton.cross_entropy import (
-    Rows,
-    add_to_sum,
-    add_up,
-    backward_kernel,
+from fastattn.backends.triton.blocks.cross_entropy import (
     class_in_slice,
-    config_of,
-    fill_divisor,
-    flags_of,
     inner_loss,
-    launch_rows,
-    launch_scale,
     load_class,
     load_q,
     load_scores,
-    offset_of,
+    weight_of_class,
+)
+from fastattn.backends.triton.blocks.score import tanh
+from fastattn.backends.triton.blocks.softmax import finite_max, online_sum
+from fastattn.backends.triton.cross_entropy import (
+    add_up,
+    backward_kernel,
+    config_of,
+    fill_divisor,
+    flags_of,
+    launch_rows,
+    launch_scale,
     options_of,
     over_classes,
     stride_of,
-    weight_of_class,
+    tile_of,
 )
 from fastattn.backends.triton.cross_entropy import launch_backward as launch_slice_gradient
+from fastattn.backends.triton.row_layout import lines_along
 from fastattn.spec import CrossEntropySpec, LinearCrossEntropySpec
 
 if TYPE_CHECKING:
@@ -89,12 +91,7 @@ def _statistics_kernel(
     """
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.arange(0, BLOCK_N)
-    if PROBABILITIES:
-        read = m < M
-        t = tl.full((BLOCK_M,), -1, tl.int32)
-        poison = tl.zeros((BLOCK_M,), tl.float32)
-    else:
-        t, read, poison = load_class(target, m, stride_tm, M, V, ignore_index)
+    t, read, poison = load_class(target, m, stride_tm, M, V, ignore_index, PROBABILITIES)
     t = class_in_slice(t, first_class, N)
     w_t = weight_of_class(weight, t, stride_w)
 
@@ -105,9 +102,9 @@ def _statistics_kernel(
     row_loss = tl.load(loss + m, mask=known, other=0.0)
     for start in range(0, N, BLOCK_N):
         s = load_scores(x, m, start + n, stride_xm, stride_xn, N, read, softcap, SOFTCAP)
-        before = offset_of(highest)
-        highest, row_sum = add_to_sum(highest, row_sum, s)
-        offset = offset_of(highest)
+        before = finite_max(highest)
+        highest, row_sum = online_sum(highest, row_sum, s)
+        offset = finite_max(highest)
         row_loss += total * (offset - before)
         if PROBABILITIES or SMOOTHED:
             q = load_q(
@@ -120,7 +117,7 @@ def _statistics_kernel(
         at_t = tl.load(x + m * stride_xm + t.to(tl.int64) * stride_xn, mask=t >= 0, other=0.0).to(tl.float32)
         if SOFTCAP:
             at_t = softcap * tanh(at_t / softcap)
-        row_loss -= w_t * (at_t - offset_of(highest))
+        row_loss -= w_t * (at_t - finite_max(highest))
         total += w_t
 
     if first_class + N == V:
@@ -148,12 +145,14 @@ def launch_statistics(
     V: int,
 ) -> None:
     """Adds a slice of V classes to losses and (row_max, log_sum, totals), all (rows,), contiguous and fp32."""
-    rows = Rows((logits, target if spec.probabilities else over_classes(target, logits, 1)), 1)
-    (*_, stride_xm, stride_xn), (*_, stride_tm, stride_tn) = rows.steps
-    _statistics_kernel[rows.grid](
+    lines = lines_along(1, (logits, target if spec.probabilities else over_classes(target, logits, 1)))
+    assert lines is not None  # of two dimensions
+    (*_, stride_xm, stride_xn), (*_, stride_tm, stride_tn) = lines.steps
+    grid, tile = tile_of(lines, logits.device)
+    _statistics_kernel[grid](
         losses, *statistics, logits, target, weight,
-        *options_of(spec), rows.M, rows.N, first_class, V,
-        stride_xm, stride_xn, stride_tm, stride_tn, stride_of(weight), **flags_of(spec), **rows.tile,
+        *options_of(spec), lines.M, lines.N, first_class, V,
+        stride_xm, stride_xn, stride_tm, stride_tn, stride_of(weight), **flags_of(spec), **tile,
     )  # fmt: skip
 
 

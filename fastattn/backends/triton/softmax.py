@@ -19,8 +19,8 @@ A row that fits one tile is read once. A longer one is read twice, in chunks of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+import itertools
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -28,10 +28,11 @@ import triton.language as tl
 from torch import Tensor
 
 from fastattn.backends.triton.blocks.constants import NEG_INF
-from fastattn.backends.triton.blocks.rows import inside, load_rows, store_rows, tile_offsets
+from fastattn.backends.triton.blocks.rows import inside, load_rows, locate_lines, store_rows, tile_offsets
+from fastattn.backends.triton.blocks.softmax import online_sum
 from fastattn.backends.triton.configs import arch_of
 from fastattn.backends.triton.row_configs import row_config
-from fastattn.backends.triton.row_layout import merge_dimensions
+from fastattn.backends.triton.row_layout import lines_along
 from fastattn.spec import SoftmaxSpec
 
 if TYPE_CHECKING:
@@ -39,14 +40,6 @@ if TYPE_CHECKING:
 
 FORWARD_TILES = 2  # s, and exp(s)
 BACKWARD_TILES = 3  # y, dy, and a product
-
-
-@triton.jit
-def _locate(R1, M, BLOCK_M: tl.constexpr):
-    """This program's place in the two outer dimensions, and its first row in the inner one; all int64."""
-    blocks = tl.cdiv(M, BLOCK_M)
-    outer = (tl.program_id(0) // blocks).to(tl.int64)
-    return outer // R1, outer % R1, (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_M
 
 
 @triton.jit
@@ -113,7 +106,7 @@ def _forward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ONE_TILE: tl.constexpr,
 ):  # fmt: skip
     """One program computes BLOCK_M rows of y."""
-    r0, r1, first = _locate(R1, M, BLOCK_M)
+    r0, r1, first = locate_lines(R1, M, BLOCK_M)
     y += r0 * stride_y0 + r1 * stride_y1
     x += r0 * stride_x0 + r1 * stride_x1
     if mask is not None:
@@ -132,10 +125,7 @@ def _forward_kernel(
             s, keep = _scores(
                 x, mask, m, start + n, stride_xm, stride_xn, stride_maskm, stride_maskn, M, N, scale, shift, CAUSAL
             )
-            new_max = tl.maximum(row_max, tl.max(s, 1))
-            offset = tl.where(new_max == NEG_INF, 0.0, new_max)  # as long as nothing but -inf has come by
-            row_sum = row_sum * tl.exp(row_max - offset) + tl.sum(tl.exp(s - offset[:, None]), 1)
-            row_max = new_max
+            row_max, row_sum = online_sum(row_max, row_sum, s)
         for start in range(0, N, BLOCK_N):
             s, keep = _scores(
                 x, mask, m, start + n, stride_xm, stride_xn, stride_maskm, stride_maskn, M, N, scale, shift, CAUSAL
@@ -181,7 +171,7 @@ def _backward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ONE_TILE: tl.constexpr,
 ):  # fmt: skip
     """One program computes BLOCK_M rows of dx."""
-    r0, r1, first = _locate(R1, M, BLOCK_M)
+    r0, r1, first = locate_lines(R1, M, BLOCK_M)
     dx += r0 * stride_dx0 + r1 * stride_dx1
     dy += r0 * stride_dy0 + r1 * stride_dy1
     y += r0 * stride_y0 + r1 * stride_y1
@@ -213,32 +203,6 @@ def _backward_kernel(
             store_rows(dx, out, m, start + n, stride_dxm, stride_dxn, M, N)
 
 
-class _Rows(NamedTuple):
-    """The rows of several tensors of one shape."""
-
-    sizes: tuple[int, int, int]  # R0, R1, M
-    strides: tuple[tuple[int, ...], ...]  # of each tensor along R0, R1, M and the row itself
-
-
-def _merge_rows(tensors: Sequence[Tensor], dim: int, causal: bool) -> _Rows | None:
-    """The dimensions other than `dim`, those merged that every tensor runs through in one step; None: more than three.
-
-    They are taken in the order of the first tensor's strides. Causal rows keep a dimension of their own, the last one.
-    """
-    shape, strides = tensors[0].shape, [t.stride() for t in tensors]
-    own = {dim % len(shape), len(shape) - 2} if causal else {dim % len(shape)}
-    order = sorted((d for d in range(len(shape)) if d not in own), key=lambda d: strides[0][d], reverse=True)
-    merged = merge_dimensions(order, shape, strides)
-    if causal:
-        merged.append((shape[-2], tuple(s[-2] for s in strides)))
-    if len(merged) > 3:
-        return None
-    merged = [(1, (0,) * len(strides))] * (3 - len(merged)) + merged
-    along = [steps for _, steps in merged] + [tuple(s[dim] for s in strides)]
-    R0, R1, M = (size for size, _ in merged)
-    return _Rows((R0, R1, M), tuple(zip(*along, strict=True)))
-
-
 def _launch(
     kernel: triton.JITFunction,
     tensors: tuple[Tensor, ...],
@@ -253,20 +217,19 @@ def _launch(
         return
     tensors = torch.atleast_1d(*tensors)
     mask = mask if mask is None else mask.expand(tensors[0].shape)
-    rows = _merge_rows(tensors if mask is None else (*tensors, mask), dim, spec.causal)
-    if rows is None:
+    lines = lines_along(dim, tensors if mask is None else (*tensors, mask), own=-2 if spec.causal else None)
+    if lines is None:
         # Five dimensions or more, through which the tensors run in different orders: rare enough to be copied.
         dense = torch.empty_like(out, memory_format=torch.contiguous_format)
         inputs = tuple(t.contiguous() for t in tensors[1:])
         _launch(kernel, (dense, *inputs), mask if mask is None else mask.contiguous(), tiles, spec, dim)
         out.copy_(dense)
         return
-    (R0, R1, M), N = rows.sizes, tensors[0].shape[dim]
-    *_, stride_m, stride_n = rows.strides[0]
-    config = row_config(N, tiles, arch_of(out.device), rows=M, contiguous_rows=stride_m == 1 and stride_n != 1)
+    R0, R1, M, N, steps = lines
+    config = row_config(N, tiles, arch_of(out.device), rows=M, contiguous_rows=lines.side_by_side)
     kernel[(R0 * R1 * triton.cdiv(M, config.rows_per_program),)](
         *tensors, mask, spec.scale, spec.shift(M, N) if spec.causal else 0, R1, M, N,
-        *(step for steps in rows.strides for step in steps), *(() if mask is not None else (0, 0, 0, 0)),
+        *itertools.chain(*steps), *(() if mask is not None else (0, 0, 0, 0)),
         LOG=spec.log, CAUSAL=spec.causal,
         BLOCK_M=config.rows_per_program, BLOCK_N=config.BLOCK_N, ONE_TILE=N <= config.BLOCK_N,
         num_warps=config.num_warps,

@@ -24,6 +24,14 @@ def row_offsets(m, R1, R2, step0, step1, step2, DIMS: tl.constexpr):
 
 
 @triton.jit
+def locate_lines(R1, M, BLOCK_M: tl.constexpr):
+    """This program's place in the two outer dimensions of `Lines`, and its first line in the inner one; all int64."""
+    blocks = tl.cdiv(M, BLOCK_M)
+    outer = (tl.program_id(0) // blocks).to(tl.int64)
+    return outer // R1, outer % R1, (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_M
+
+
+@triton.jit
 def inside(m, n, M, N):
     """Which entries (BLOCK_M, BLOCK_N) of a tile lie in the M × N matrix."""
     return (m < M)[:, None] & (n < N)[None, :]

@@ -1,10 +1,24 @@
-"""The online softmax; every case of -inf in attention is handled here."""
+"""The online softmax; every case of a maximum of -inf is handled here."""
 
 import triton
 import triton.language as tl
 
 from fastattn.backends.triton.blocks.constants import INF, LN_2, LOG2_E, NEG_INF
 from fastattn.backends.triton.blocks.tile import scaled
+
+
+@triton.jit
+def finite_max(row_max):
+    """The maximum of each row so far; 0 as long as nothing but -inf has come by."""
+    return tl.where(row_max == NEG_INF, 0.0, row_max)
+
+
+@triton.jit
+def online_sum(row_max, row_sum, s):
+    """The maximum of each row so far, and Σ exp(s - maximum), with one more tile of s."""
+    new_max = tl.maximum(row_max, tl.max(s, 1))
+    offset = finite_max(new_max)
+    return new_max, row_sum * tl.exp(row_max - offset) + tl.sum(tl.exp(s - offset[:, None]), 1)
 
 
 @triton.jit
@@ -15,7 +29,7 @@ def online_softmax(s, row_max, row_sum, factor):
     A row that has seen nothing yet keeps row_max = -inf, and subtracts 0 instead.
     """
     new_max = tl.maximum(row_max, tl.max(s, 1))
-    offset = tl.where(new_max == NEG_INF, 0.0, new_max) * factor
+    offset = finite_max(new_max) * factor
     rescale = tl.exp2(row_max * factor - offset)
     p = tl.exp2(s * factor - offset[:, None])
     return p, rescale, new_max, row_sum * rescale + tl.sum(p, 1)
@@ -25,7 +39,7 @@ def online_softmax(s, row_max, row_sum, factor):
 def add_sink(acc, row_max, row_sum, sink):
     """One more logit, without a value, to sums whose logits are in base 2; so is the sink."""
     new_max = tl.maximum(row_max, sink)
-    offset = tl.where(new_max == NEG_INF, 0.0, new_max)
+    offset = finite_max(new_max)
     rescale = tl.exp2(row_max - offset)
     return scaled(acc, rescale[:, None]), new_max, row_sum * rescale + tl.exp2(sink - offset)
 

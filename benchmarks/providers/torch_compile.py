@@ -1,0 +1,45 @@
+"""torch.compile of the unfused operation, and of torch.nn's models."""
+
+from __future__ import annotations
+
+import shutil
+
+import torch
+import torch._functorch.config
+from torch import Tensor
+
+from benchmarks.problems.models import LayerProblem, TrainStepProblem
+from benchmarks.provider import Call, Provider
+from benchmarks.providers.torch_ops import OPS
+from benchmarks.workload import Problem, Tensors
+
+
+def compiled(problem: Problem, tensors: Tensors) -> Call:
+    torch._dynamo.reset()  # a limit on how often one piece of code is compiled counts over all workloads
+    # A backward that is timed again and again must leave its saved tensors alone.
+    torch._functorch.config.donated_buffer = False
+
+    def function(**given: Tensor) -> Tensor:
+        return problem.compute(given)
+
+    return Call(torch.compile(function, dynamic=False), tensors)
+
+
+def model(problem: LayerProblem | TrainStepProblem, tensors: Tensors) -> Call:
+    torch._dynamo.reset()
+    return Call(problem.function(torch.nn, compiled=True), tensors)
+
+
+def available(device: torch.device) -> str | None:
+    if device.type == "cpu" and shutil.which("g++") is None and shutil.which("clang++") is None:
+        return "torch.compile needs a C++ compiler for CPUs, and there is none"
+    return None
+
+
+PROVIDERS = [
+    Provider(
+        "torch/compile",
+        {op: compiled for op in OPS if op != "varlen_attention"} | {"transformer_layer": model, "train_step": model},
+        available,
+    )
+]

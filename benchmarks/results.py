@@ -1,0 +1,121 @@
+"""What a run leaves: machine, ceilings and one row for each workload and provider, as JSON and as CSV.
+
+The form of the JSON is `schema.json`; `SCHEMA` is its version, raised whenever a reader of the old form would be wrong.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from fastattn.errors import ArgumentError
+
+SCHEMA = 1
+Status = Literal["ok", "wrong", "unsupported", "unavailable", "failed"]
+
+
+@dataclass
+class Row:
+    """One provider on one workload. Times in seconds, sizes in bytes; what was not measured is None."""
+
+    family: str  # of the workload, as `name`, `direction` and `dtype`, which together are its key
+    name: str
+    direction: str  # forward, backward, or step: both
+    dtype: str
+    series: str  # rows of one series and provider make one curve over `size`
+    size: int
+    provider: str
+    status: Status
+    reason: str | None = None  # of any status but ok
+    flops: float = 0.0
+    bytes: float = 0.0
+    error: float | None = None  # largest distance from float64, in roundings of the largest number
+    eager_error: float | None = None  # of the unfused operation in the same dtype
+    seconds: float | None = None  # median
+    fastest_quarter: float | None = None  # 25 % of the samples are below
+    slowest_quarter: float | None = None  # 25 % of the samples are above
+    samples: int = 0
+    timing: str | None = None  # events, graph or clock
+    peak_bytes: int | None = None  # beyond the inputs
+    floor: float | None = None  # seconds that the measured ceilings allow at best
+    clock_mhz: float | None = None
+    power_w: float | None = None
+
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        return self.family, self.name, self.direction, self.dtype
+
+    @property
+    def ours(self) -> bool:
+        return self.provider.split("/")[0] == "fastattn"
+
+    @property
+    def tflops(self) -> float | None:
+        return self.flops / self.seconds / 1e12 if self.seconds and self.flops else None
+
+    @property
+    def gb_per_s(self) -> float | None:
+        return self.bytes / self.seconds / 1e9 if self.seconds and self.bytes else None
+
+    @property
+    def of_roofline(self) -> float | None:
+        """The fraction of what the ceilings allow."""
+        return self.floor / self.seconds if self.seconds and self.floor else None
+
+
+@dataclass
+class Results:
+    machine: dict[str, Any]  # `machine.describe`
+    ceilings: dict[str, float]  # `ceilings.measure`: bytes_per_s, flops_per_s by dtype
+    arguments: list[str]
+    started: str  # ISO 8601, UTC
+    rows: list[Row] = field(default_factory=list)
+
+    @property
+    def title(self) -> str:
+        return f"{self.machine['device']['name']}, torch {self.machine['versions']['torch']}"
+
+    def by_workload(self) -> dict[tuple[str, str, str, str], list[Row]]:
+        grouped: dict[tuple[str, str, str, str], list[Row]] = {}
+        for row in self.rows:
+            grouped.setdefault(row.key, []).append(row)
+        return grouped
+
+
+def write_json(results: Results, path: Path) -> None:
+    """Replaces the file at once, so that a run that is cut short leaves a whole one."""
+    text = json.dumps({"schema": SCHEMA, "kind": "fastattn-benchmark", **asdict(results)}, indent=1)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text + "\n")
+    os.replace(temporary, path)
+
+
+def read_json(path: Path) -> Results:
+    """
+    Raises:
+        ArgumentError: the file is no benchmark result, or one of another version.
+    """
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ArgumentError(f"{path} cannot be read as a benchmark result: {error}") from None
+    if not isinstance(data, dict) or data.pop("kind", None) != "fastattn-benchmark":
+        raise ArgumentError(f"{path} is not a benchmark result; `python -m fastattn bench --out DIR` writes them.")
+    if (version := data.pop("schema")) != SCHEMA:
+        raise ArgumentError(f"{path} has version {version} of the results' form; this fastattn reads {SCHEMA}.")
+    return Results(**{**data, "rows": [Row(**row) for row in data["rows"]]})
+
+
+def write_csv(rows: Iterable[Row], path: Path) -> None:
+    names = [f.name for f in fields(Row)]
+    derived = ("tflops", "gb_per_s", "of_roofline")
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow([*names, *derived])
+        for row in rows:
+            writer.writerow([getattr(row, name) for name in (*names, *derived)])

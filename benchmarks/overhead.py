@@ -3,8 +3,8 @@
 Each function of fastattn is timed against torch's in alternating rounds, so that both see the same machine; the figures
 are medians over the rounds, and the ratio is the median of the ratios within a round.
 
-    python benchmarks/overhead.py
-    python benchmarks/overhead.py --rounds 200 --json overhead.json
+    python -m fastattn bench overhead
+    python -m fastattn bench overhead --rounds 200 --json overhead.json
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -121,12 +121,12 @@ def measure(rounds: int, repeats: int) -> list[Row]:
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m fastattn bench overhead", description=__doc__.split("\n\n")[0])
     parser.add_argument("--rounds", type=int, default=60, help="alternating rounds for each row")
     parser.add_argument("--repeats", type=int, default=200, help="calls in a round")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
     torch.set_num_threads(1)
     rows = measure(args.rounds, args.repeats)
@@ -139,7 +139,4 @@ def main() -> None:
         machine = {"processor": platform.machine(), "python": platform.python_version(), "torch": torch.__version__}
         figures = {"machine": machine, "import_ms": import_ms, "calls": [asdict(row) for row in rows]}
         args.json.write_text(json.dumps(figures, indent=2) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    return 0

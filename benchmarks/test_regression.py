@@ -29,7 +29,7 @@ def chosen() -> list[Workload]:
 
 
 @pytest.mark.parametrize("workload", chosen(), ids=str)
-def test_speed(benchmark, workload: Workload):
+def test_speed(benchmark, workload: Workload) -> None:
     inputs = workload.problem.inputs(workload.dtype, DEVICE)
     dy = gate.gradient_of_result(workload, inputs)
     call = first_of_ours(workload).make(workload, inputs)

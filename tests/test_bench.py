@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
 from itertools import pairwise
 from statistics import median
 
@@ -17,7 +16,7 @@ from benchmarks.ceilings import Ceilings
 from benchmarks.problems.attention import AttentionProblem, VarlenProblem
 from benchmarks.problems.rows import CrossEntropyProblem, NormProblem, SoftmaxProblem
 from benchmarks.provider import Call, Provider, choose, discover
-from benchmarks.results import Row, read_json
+from benchmarks.results import Results, Row, read_json
 from benchmarks.runner import Runner
 from benchmarks.summary import standings
 from benchmarks.timing import Effort
@@ -88,7 +87,7 @@ WRONG = {
     "two percent too large": (lambda y: y * 1.02, "the result is"),
     "one entry off": (one_entry_off, "the result is up to"),
     "NaN": (nan_at_the_end, "the result is up to inf"),
-    "another shape": (lambda y: y[..., :-1], "the result has shape (2, 4, 40, 15), not (2, 2, 40, 16)"),
+    "another shape": (lambda y: y[..., :-1], "the result has shape (2, 2, 40, 15), not (2, 2, 40, 16)"),
 }
 
 
@@ -96,8 +95,6 @@ WRONG = {
 @pytest.mark.parametrize("planted", WRONG)
 def test_a_wrong_kernel_is_refused_a_speed_figure(planted, dtype):
     function, reason = WRONG[planted]
-    if planted == "another shape":
-        reason = "the result has shape (2, 2, 40, 15), not (2, 2, 40, 16)"
     wrong, right = rows(provider(function), provider(name="right"), dtype=dtype)
     assert (wrong.status, wrong.seconds, wrong.tflops) == ("wrong", None, None)
     assert wrong.reason is not None
@@ -279,7 +276,7 @@ def test_peak_memory_is_that_of_the_allocator():
         c = b + 1  # 8
         return c[:1].clone()
 
-    assert memory.peak_bytes(call, CPU) == 8 << 20
+    assert 0 <= memory.peak_bytes(call, CPU) - (8 << 20) < 1024  # and scalars
 
 
 def test_the_roof_is_the_slower_of_copies_and_products():
@@ -294,30 +291,21 @@ def test_standings_are_against_the_fastest_peer_that_is_right():
     def row(provider, seconds, status="ok", name="w"):
         return Row("f", name, "forward", "float32", "s", 1, provider, status, seconds=seconds)
 
-    (ours,) = standings_of(
+    rows_ = [
         row("fastattn/triton", 1.0), row("fastattn/eager", 5.0), row("a", 2.0), row("b", 0.5, "wrong"),
         row("fastattn/triton", 4.0, name="v"), row("a", 2.0, name="v"), row("fastattn/triton", 1.0, name="alone"),
-    )  # fmt: skip
+    ]  # fmt: skip
+    (ours,) = standings(Results({}, {}, [], "", rows_))
     assert (ours.count, ours.won) == (2, 1)
     assert ours.speedup == pytest.approx(1.0)
 
 
-def standings_of(*rows_: Row):
-    from test_bench_results import example
-
-    return standings(replace(example(), rows=list(rows_)))
-
-
 def test_a_run_leaves_what_it_promises(tmp_path):
-    done = run(
-        "bench", "softmax causal", "--quick", "--vs", "torch/eager", "--out", str(tmp_path), TRITON_INTERPRET="0"
-    )
+    done = run("bench", "softmax causal", "--quick", "--vs", "torch/eager", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
     results = read_json(tmp_path / "results.json")
-    assert {row.provider for row in results.rows} == {
-        *(p.name for p in discover() if "fastattn" in p.name),
-        "torch/eager",
-    }
+    ours = {p.name for p in discover() if p.name.startswith("fastattn")}
+    assert {row.provider for row in results.rows} == {*ours, "torch/eager"}
     timed = [row for row in results.rows if row.status == "ok"]
     assert {row.provider for row in timed} == {"fastattn/eager", "torch/eager"}
     for row in timed:
@@ -325,7 +313,7 @@ def test_a_run_leaves_what_it_promises(tmp_path):
         assert f"{row.seconds * 1e6:.1f} µs" in done.stdout
         assert row.floor is not None
         assert row.gb_per_s == pytest.approx(row.bytes / row.seconds / 1e9)
-    assert results.machine["threads"] == torch.get_num_threads() or results.machine["threads"] > 0
+    assert results.machine["threads"] > 0
     assert results.ceilings["bytes_per_s"] > 1e8
     assert (tmp_path / "results.csv").read_text().count("\n") == len(results.rows) + 1
     assert "<table" in (tmp_path / "report.html").read_text()

@@ -110,7 +110,10 @@ def test_readme_code_runs():
 
 
 def test_overhead_benchmark_measures_every_function(tmp_path):
-    stdout = run("benchmarks/overhead.py", "--rounds", "1", "--repeats", "2", "--json", str(tmp_path / "overhead.json"))
+    stdout = run(
+        *("-m", "fastattn", "bench", "overhead", "--rounds", "1", "--repeats", "2"),
+        *("--json", str(tmp_path / "overhead.json")),
+    )
     figures = json.loads((tmp_path / "overhead.json").read_text())
     functions = {"attention", "attention, causal", "scaled_dot_product_attention", "layer_norm", "softmax"}
     modes = {"no grad", "grad", "forward + backward"}

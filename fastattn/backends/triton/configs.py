@@ -263,10 +263,20 @@ def fit(kernel: str, cfg: TileConfig, arch: str, D: int, D_v: int, element_size:
     return cfg
 
 
+def row_of(arch: str) -> str:
+    """The row of the table that an architecture takes."""
+    return _LIKE.get(arch, arch)
+
+
+def table(arch: str, kernel: str) -> dict[int, TileConfig]:
+    """{largest padded head dimension: tile}"""
+    return _TILES[row_of(arch)][kernel]
+
+
 def _tile(kernel: str, arch: str, D: int, D_v: int, dtype: torch.dtype) -> TileConfig:
     width = max(Columns.of(n, dtype.itemsize).width for n in (D, D_v))
-    table = _TILES[_LIKE.get(arch, arch)][kernel]
-    cfg = table[min(key for key in table if key >= width)]
+    tiles = table(arch, kernel)
+    cfg = tiles[min(key for key in tiles if key >= width)]
     if dtype == torch.float32 and arch != "interpret":  # twice the registers for each operand
         cfg = replace(cfg, BLOCK_M=max(_SMALLEST, cfg.BLOCK_M // 2), BLOCK_N=max(_SMALLEST, cfg.BLOCK_N // 2))
     return fit(kernel, cfg, arch, D, D_v, dtype.itemsize)
@@ -285,6 +295,12 @@ def backward_config(arch: str, D: int, D_v: int, dtype: torch.dtype) -> Backward
 @cache
 def jvp_config(arch: str, D: int, D_v: int, dtype: torch.dtype) -> TileConfig:
     return _tile("jvp", arch, D, D_v, dtype)
+
+
+def forget() -> None:
+    """What was chosen from the table, after a change to it."""
+    for chosen in (forward_config, backward_config, jvp_config, widest_head):
+        chosen.cache_clear()
 
 
 @cache

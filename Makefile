@@ -1,6 +1,9 @@
 # make demo    train a small Transformer twice, with torch.nn and with fastattn, and compare
 # make test    the tests, without those marked slow
 # make lint    style and types
+# make bench   the quick benchmark: a report in out/bench
+# make gpu     everything that a machine with a GPU can tell, in out/gpu: tests, sanitizers, benchmark, tuning. Installs
+#              nothing: it runs from the tree with the torch that is there. TIME_BUDGET=seconds, GPU_ARGS="--steps tests"
 # make oldest  compile the kernels with the oldest Triton that is supported
 # make clean   remove what the above left behind
 #
@@ -10,12 +13,15 @@ PYTHON ?= python3
 VENV ?= .venv
 DEMO_ARGS ?=
 TEST_ARGS ?=
+BENCH_ARGS ?= --quick
+GPU_ARGS ?=
+TIME_BUDGET ?= 3600
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OLDEST_TRITON := $(VENV)/triton-3.6.0
 
-.PHONY: demo test lint oldest clean
+.PHONY: demo test lint bench gpu oldest clean
 
 demo: $(READY)
 	$(BIN)/python examples/train_lm.py $(DEMO_ARGS)
@@ -28,6 +34,12 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: $(READY)
+	$(BIN)/python -m fastattn bench --out out/bench $(BENCH_ARGS)
+
+gpu:
+	PYTHONPATH=$(CURDIR) $(PYTHON) -m benchmarks.gpu --out out/gpu --budget $(TIME_BUDGET) $(GPU_ARGS)
 
 oldest: $(OLDEST_TRITON)
 	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m fastattn inspect --check --arch sm_90

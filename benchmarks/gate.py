@@ -88,6 +88,7 @@ def check(truth: Truth, call: Call, dy: Tensor | None) -> Verdict:
         actual = truth.workload.problem.restrict(name, found[name], truth.what)
         if actual.shape != exact.shape:
             wrong.append(f"{label(name)} has shape {tuple(actual.shape)}, not {tuple(exact.shape)}")
+            worst = float("inf")
             continue
         errors, allowed = Errors.of(actual, exact, truth.workload.dtype), truth.allowed(name)
         worst = max(worst, errors.largest)

@@ -89,7 +89,7 @@ class Results:
 
 def write_json(results: Results, path: Path) -> None:
     """Replaces the file at once, so that a run that is cut short leaves a whole one."""
-    text = json.dumps({"schema": SCHEMA, "kind": "fastattn-benchmark", **asdict(results)}, indent=1)
+    text = json.dumps({"schema": SCHEMA, "kind": "fastattn-benchmark", **asdict(results)}, indent=1, allow_nan=False)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text + "\n")
     os.replace(temporary, path)

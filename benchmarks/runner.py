@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -87,7 +88,8 @@ class Runner:
             verdict = gate.check(truth, call, dy)
             if verdict.wrong:
                 row = self.row(workload, provider, "wrong", verdict.wrong)
-                row.error, row.eager_error = verdict.error, truth.eager_error()
+                row.error = verdict.error if math.isfinite(verdict.error) else None  # NaN, or another shape
+                row.eager_error = truth.eager_error()
                 return row
             run, whole = runs(workload, call, dy)
             return Contestant(provider, verdict, run, memory.peak_bytes(whole, self.device))

@@ -77,7 +77,7 @@ def curves(
     from matplotlib.figure import Figure
 
     panels = list(dict.fromkeys((row.series, row.dtype) for row in rows))
-    columns = min(COLUMNS, len(panels))
+    columns = 2 if len(panels) == 4 else min(COLUMNS, len(panels))
     lines = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(1.6 + 3.6 * columns, 1.1 + 2.7 * lines), layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False)
@@ -114,10 +114,20 @@ def draw(
     panel.tick_params(axis="y", labelsize=7)
     if log:
         panel.set_yscale("log")
+        from matplotlib.ticker import NullFormatter
+
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_minor_formatter("{x:g}" if spans_less_than_a_decade(rows, value) else NullFormatter())
+        panel.tick_params(axis="y", which="minor", labelsize=6)
     else:
         panel.set_ylim(bottom=0)
     panel.grid(True, linewidth=0.4, alpha=0.5)
     panel.spines[["top", "right"]].set_visible(False)
+
+
+def spans_less_than_a_decade(rows: list[Row], value: Callable[[Row], float | None]) -> bool:
+    values = [v for row in rows if (v := value(row))]
+    return bool(values) and max(values) < 10 * min(values)
 
 
 def short(size: int) -> str:

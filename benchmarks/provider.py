@@ -40,18 +40,13 @@ Make = Callable[[Problem, Tensors], Call]
 class Provider:
     """One way to compute some problems.
 
-    `ops` maps a problem's op to what makes a call of it. `available` and `supports` return None for yes, or the reason.
+    `ops` maps a problem's op to what makes a call of it. `available` and `limits` return None for yes, or the reason.
     """
 
     name: str
     ops: Mapping[str, Callable]  # op -> Make
     available: Callable[[torch.device], str | None] = field(default=lambda device: None)
     limits: Callable[[Workload, torch.device], str | None] = field(default=lambda workload, device: None)
-
-    def supports(self, workload: Workload, device: torch.device) -> str | None:
-        if workload.problem.op not in self.ops:
-            return f"it has no {workload.problem.op}"
-        return self.limits(workload, device)
 
     def make(self, workload: Workload, tensors: Tensors) -> Call:
         return self.ops[workload.problem.op](workload.problem, tensors)

@@ -116,7 +116,14 @@ def unique_ids(svg: str, name: str) -> str:
 def family_section(family: str, rows: Sequence[Row]) -> Iterator[str]:
     yield f'<section data-family="{escape(family)}"><h2>{escape(family)}</h2>'
     present = [row for row in rows if row.status != "unavailable"]
-    yield from sortable("rows", COLUMNS, TEXT, [("ours" if row.ours else "", cells(row)) for row in present])
+    lines = [cells(row) for row in present]
+    filled = [i for i, head in enumerate(COLUMNS) if head in TEXT or any(line[i][1] for line in lines)]
+    yield from sortable(
+        "rows",
+        [COLUMNS[i] for i in filled],
+        TEXT,
+        [("ours" if row.ours else "", [line[i] for i in filled]) for row, line in zip(present, lines, strict=True)],
+    )
     if absent := list(dict.fromkeys((row.provider, row.reason or "") for row in rows if row.status == "unavailable")):
         items = "".join(f"<li>{escape(provider)}: {escape(reason)}</li>" for provider, reason in absent)
         yield f"<details><summary>{len(absent)} providers are not on this machine</summary><ul>{items}</ul></details>"

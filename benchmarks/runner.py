@@ -54,13 +54,12 @@ class Runner:
                 torch.cuda.empty_cache()
 
     def rows(self, workload: Workload) -> list[Row]:
-        """A provider that fails in any way of its own has a row that says so; the others go on."""
+        """One for each provider that has the operation; one that fails in a way of its own says so in its row."""
         inputs = workload.problem.inputs(workload.dtype, self.device)
         dy = gate.gradient_of_result(workload, inputs)
         truth = gate.truth_of(workload, inputs, dy)
-        entered: list[Contestant | Row] = [
-            self.enter(provider, workload, inputs, dy, truth) for provider in self.providers
-        ]
+        able = [provider for provider in self.providers if workload.problem.op in provider.ops]
+        entered = [self.enter(provider, workload, inputs, dy, truth) for provider in able]
         contestants = [entry for entry in entered if isinstance(entry, Contestant)]
         began = time.monotonic()
         timings = measure({c.provider.name: c.run for c in contestants}, self.device, self.effort)
@@ -81,7 +80,7 @@ class Runner:
         """Builds the call and checks it; a Row says why there is nothing to time."""
         if why := self.unavailable.get(provider.name):
             return self.row(workload, provider, "unavailable", why)
-        if why := provider.supports(workload, self.device):
+        if why := provider.limits(workload, self.device):
             return self.row(workload, provider, "unsupported", why)
         try:
             call = provider.make(workload, inputs)

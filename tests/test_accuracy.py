@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
+import json
 from pathlib import Path
 
 import pytest
-import torch
 
-BENCHMARK = Path(__file__).parent.parent / "benchmarks" / "accuracy.py"
-spec = importlib.util.spec_from_file_location("accuracy", BENCHMARK)
-accuracy = importlib.util.module_from_spec(spec)
-sys.modules["accuracy"] = accuracy  # where dataclasses look for it
-spec.loader.exec_module(accuracy)
+from benchmarks import accuracy
+from fastattn.verification import row_checks
+
+STORED = Path(accuracy.__file__).parent / "results" / "interpreter" / "accuracy.json"
 
 
-@pytest.mark.parametrize("op", accuracy.ops("triton", torch.device("cpu")))
-def test_no_less_accurate_than_torch(op, device):
+@pytest.mark.parametrize("check", row_checks(), ids=lambda check: check.name)
+def test_no_less_accurate_than_torch(check, device):
     """Plus a tenth of a rounding, for what is left to chance."""
-    rows = list(accuracy.rows("triton", device, op))
+    rows = list(accuracy.rows(check, "triton", device))
     assert len(rows) >= 6
     assert [row for row in rows if row.fastattn_error > row.torch_error + 0.1] == []
+
+
+def test_the_stored_table_is_of_these_checks():
+    stored = json.loads(STORED.read_text())["rows"]
+    assert list(dict.fromkeys(row["op"] for row in stored)) == [check.name for check in row_checks()]

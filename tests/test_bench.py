@@ -163,12 +163,11 @@ def test_who_cannot_run_says_why_and_the_others_go_on():
     assert [(row.provider, row.status, row.reason) for row in found] == [
         ("absent", "unavailable", "not installed"),
         ("limited", "unsupported", "not so many heads"),
-        ("other", "unsupported", "it has no attention"),
         ("failing", "failed", "RuntimeError: CUDA error: <misaligned>"),
         ("refusing", "unsupported", "attention: no head dimension 16."),
         ("right", "ok", None),
     ]
-    assert [row.seconds is None for row in found] == [True] * 5 + [False]
+    assert [row.seconds is None for row in found] == [True] * 4 + [False]
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
@@ -305,7 +304,7 @@ def test_a_run_leaves_what_it_promises(tmp_path):
     assert done.returncode == 0, done.stderr
     results = read_json(tmp_path / "results.json")
     ours = {p.name for p in discover() if p.name.startswith("fastattn")}
-    assert {row.provider for row in results.rows} == {*ours, "torch/eager"}
+    assert {row.provider for row in results.rows} == {*ours, "torch/eager"} - {"fastattn/nn"}  # it has no softmax
     timed = [row for row in results.rows if row.status == "ok"]
     assert {row.provider for row in timed} == {"fastattn/eager", "torch/eager"}
     for row in timed:

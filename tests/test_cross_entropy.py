@@ -271,6 +271,20 @@ def test_graph_that_is_kept_gives_the_same_twice(device):
     assert torch.equal(torch.autograd.grad(loss, x, torch.tensor(3.0, device=device))[0], first)
 
 
+@pytest.mark.parametrize("backend", ["triton", "eager"])
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [((20_000, 30), {}), ((8, 3000), {"label_smoothing": 0.5}), ((20_000, 3), {"label_smoothing": 0.1})],
+)
+def test_float16_losses_are_not_summed_in_float16(shape, options, backend, device):
+    """torch's mean is inf on a CPU."""
+    (x,) = make_inputs(shape, dtype=torch.float16, device=device)
+    target = torch.arange(shape[0], device=device) % shape[1]
+    loss = fastattn.cross_entropy(x, target, **options, backend=backend)
+    exact = torch.nn.functional.cross_entropy(x.double(), target, **options)
+    torch.testing.assert_close(loss.double(), exact, rtol=torch.finfo(torch.float16).eps, atol=0.0)
+
+
 def test_scaled_float16_gradients_do_not_vanish(device):
     """With a loss scale of 2^16 over many rows; each entry, relative to itself."""
     x = torch.randn(256, 64, device=device).half().requires_grad_()

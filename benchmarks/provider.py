@@ -14,6 +14,8 @@ from benchmarks import providers
 from benchmarks.workload import Problem, Tensors, Workload
 from fastattn.errors import ArgumentError
 
+MOST_SCORES = 5 << 30  # bytes
+
 
 def unchanged(t: Tensor) -> Tensor:
     return t
@@ -50,6 +52,14 @@ class Provider:
 
     def make(self, workload: Workload, tensors: Tensors) -> Call:
         return self.ops[workload.problem.op](workload.problem, tensors)
+
+
+def unfused_limits(workload: Workload, device: torch.device) -> str | None:
+    """Of what holds all scores of attention at once, several times: it must leave room for the others."""
+    scores = getattr(workload.problem, "scores", 0) * workload.dtype.itemsize
+    if scores > MOST_SCORES:
+        return f"it holds all scores at once, which are {scores / 2**30:.1f} GiB"
+    return None
 
 
 def importable(module: str) -> Callable[[torch.device], str | None]:

@@ -16,7 +16,7 @@ from benchmarks.ceilings import Ceilings
 from benchmarks.machine import Monitor
 from benchmarks.provider import Call, Provider, first_line
 from benchmarks.results import Row, Status
-from benchmarks.timing import Effort, Run, Timing, measure
+from benchmarks.timing import Effort, Run, Timing, measure, own_stream
 from benchmarks.workload import Workload
 from fastattn.errors import UnsupportedError
 
@@ -48,7 +48,9 @@ class Runner:
     def run(self, workloads: Iterable[Workload]) -> Iterator[list[Row]]:
         """The rows of one workload after another, one for each provider."""
         for workload in workloads:
-            yield self.rows(workload)
+            with own_stream(self.device):
+                rows = self.rows(workload)
+            yield rows
             gc.collect()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -57,8 +59,12 @@ class Runner:
         """One for each provider that has the operation; one that fails in a way of its own says so in its row."""
         inputs = workload.problem.inputs(workload.dtype, self.device)
         dy = gate.gradient_of_result(workload, inputs)
-        truth = gate.truth_of(workload, inputs, dy)
         able = [provider for provider in self.providers if workload.problem.op in provider.ops]
+        try:
+            truth = gate.truth_of(workload, inputs, dy)
+        except torch.OutOfMemoryError:
+            why = "the same in float64, which it would be held to, does not fit into memory"
+            return [self.row(workload, provider, "failed", why) for provider in able]
         entered = [self.enter(provider, workload, inputs, dy, truth) for provider in able]
         contestants = [entry for entry in entered if isinstance(entry, Contestant)]
         began = time.monotonic()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from statistics import median, quantiles
 
@@ -99,6 +100,11 @@ def gpu_timers(calls: Mapping[str, Run], device: torch.device) -> tuple[dict[str
     return timers, "events"
 
 
+def own_stream(device: torch.device) -> AbstractContextManager[object]:
+    """A stream that can be captured, which the default one cannot."""
+    return torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext()
+
+
 def l2_flush(device: torch.device) -> Run:
     size = torch.cuda.get_device_properties(device).L2_cache_size or 64 << 20
     buffer = torch.empty(L2_TIMES * size, dtype=torch.uint8, device=device)
@@ -119,14 +125,11 @@ def event_timer(call: Run, flush: Run) -> Callable[[], float]:
 
 
 def graph_timer(call: Run) -> Callable[[], float]:
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
+    """On the current stream, since a backward runs on that of its forward: `own_stream` has to be around both."""
+    for _ in range(3):
+        call()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
         for _ in range(GRAPH_CALLS):
             call()
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_cli import run
 
-from benchmarks import families, memory, timing
+from benchmarks import families, gate, memory, timing
 from benchmarks.ceilings import Ceilings
 from benchmarks.problems.attention import AttentionProblem, VarlenProblem
 from benchmarks.problems.rows import CrossEntropyProblem, NormProblem, SoftmaxProblem
@@ -235,6 +235,23 @@ def test_the_attention_grid_is_the_standard_one():
         p = w.problem
         assert isinstance(p, AttentionProblem)
         assert (p.B * p.S_q, p.H * p.D) == (16_384, 2048)
+
+
+def test_what_holds_all_scores_leaves_room_for_the_others():
+    long = workload(AttentionProblem(1, 32, 16_384, 16_384, 64), dtype=BF16)
+    refused = {p.name for p in discover() if "attention" in p.ops and "all scores" in (p.limits(long, CPU) or "")}
+    assert refused == {"torch/eager", "torch/compile", "torch/math"}
+
+
+def test_a_truth_that_does_not_fit_fails_its_workload_alone(monkeypatch):
+    def no_memory(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(gate, "truth_of", no_memory)
+    (row,) = rows(provider())
+    assert (row.status, row.seconds) == ("failed", None)
+    assert row.reason is not None
+    assert "float64" in row.reason
 
 
 def test_unknown_families_and_providers_are_named_with_the_known_ones():

@@ -52,6 +52,11 @@ class AttentionProblem(Problem):
         """Nothing but causality and groups of heads."""
         return self.window is None and self.softcap is None and not self.bias and not self.documents
 
+    @property
+    def scores(self) -> int:
+        """How many an unfused attention holds."""
+        return self.B * self.H * self.S_q * self.S_k
+
     def result_shape(self) -> tuple[int, ...]:
         return self.B, self.H, self.S_q, self.D
 

@@ -9,7 +9,7 @@ import torch._functorch.config
 from torch import Tensor
 
 from benchmarks.problems.models import LayerProblem, TrainStepProblem
-from benchmarks.provider import Call, Provider
+from benchmarks.provider import Call, Provider, unfused_limits
 from benchmarks.providers.torch_ops import OPS
 from benchmarks.workload import Problem, Tensors
 
@@ -41,5 +41,6 @@ PROVIDERS = [
         "torch/compile",
         {op: compiled for op in OPS if op != "varlen_attention"} | {"transformer_layer": model, "train_step": model},
         available,
+        unfused_limits,
     )
 ]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from benchmarks.problems.models import LayerProblem, TrainStepProblem
 from benchmarks.problems.rows import LinearCrossEntropyProblem
-from benchmarks.provider import Call, Provider
+from benchmarks.provider import Call, Provider, unfused_limits
 from benchmarks.workload import Problem, Tensors
 
 # SDPA stands in torch_sdpa.py; its unfused form is here, as many programs still write it.
@@ -41,6 +41,10 @@ def has_chunked(device: torch.device) -> str | None:
 
 
 PROVIDERS = [
-    Provider("torch/eager", dict.fromkeys(OPS, unfused) | {"transformer_layer": model, "train_step": model}),
+    Provider(
+        "torch/eager",
+        dict.fromkeys(OPS, unfused) | dict.fromkeys(("transformer_layer", "train_step"), model),
+        limits=unfused_limits,
+    ),
     Provider("torch/chunked", {"linear_cross_entropy": chunked}, has_chunked),
 ]

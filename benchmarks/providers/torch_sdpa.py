@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
 from benchmarks.problems.attention import AttentionProblem
-from benchmarks.provider import Call, Provider
+from benchmarks.provider import Call, Provider, unfused_limits
 from benchmarks.workload import Tensors, Workload
 
 BACKENDS = {
@@ -63,7 +63,7 @@ def limits(name: str) -> Callable[[Workload, torch.device], str | None]:
             return "this backend of SDPA is for GPUs"
         if name == "flash" and device.type == "cuda" and (problem.bias or problem.window or problem.documents):
             return "SDPA's flash backend takes no mask"
-        return None
+        return unfused_limits(workload, device) if name == "math" else None
 
     return why_not
 

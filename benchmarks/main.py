@@ -20,9 +20,16 @@ from benchmarks.runner import Runner
 from benchmarks.summary import standings
 from benchmarks.timing import Effort
 from benchmarks.workload import Workload
+from fastattn.errors import ArgumentError
 
 THOROUGH = {"cuda": Effort(seconds=1.0, fewest=10, most=200), "cpu": Effort(seconds=3.0, fewest=7, most=60)}
 QUICK = {"cuda": Effort(seconds=0.3, fewest=10, most=50), "cpu": Effort(seconds=0.4, fewest=5, most=20)}
+
+
+def positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, but is {text}")
+    return value
 
 
 def parser() -> argparse.ArgumentParser:
@@ -36,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--quick", action="store_true", help="a few workloads of each family, and fewer rounds")
     p.add_argument("--out", type=Path, metavar="DIR", help="results.json, results.csv, report.html and plots")
     p.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--threads", type=int, metavar="N", help="threads of torch on a CPU; default: torch's")
+    p.add_argument("--threads", type=positive, metavar="N", help="threads of torch on a CPU; default: torch's")
     p.add_argument("--seconds", type=float, metavar="S", help="no workload is begun after so many seconds")
     p.add_argument("--no-plots", action="store_true", help="leave out the plots' files; the report has them anyway")
     return p
@@ -47,11 +54,15 @@ def run(argv: Sequence[str]) -> int:
     args = parser().parse_args(argv)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ArgumentError("`--device` is cuda, and torch sees no GPU; see `bench list --device cuda`.")
     device = torch.device(args.device)
     known = families.workloads(device, args.quick)
     chosen = families.select(known, args.family)
     providers = choose(args.vs, discover())
     if args.out:
+        if args.out.exists() and not args.out.is_dir():
+            raise ArgumentError(f"`--out` is {args.out}, which is a file; it must be a folder, or not be there yet.")
         args.out.mkdir(parents=True, exist_ok=True)
     results = measure_all(device, chosen, providers, args, argv)
     print_standings(results)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from itertools import pairwise
+from pathlib import Path
 from statistics import median
 
 import pytest
@@ -23,6 +26,7 @@ from benchmarks.timing import Effort
 from benchmarks.workload import Workload
 from fastattn.errors import ArgumentError, UnsupportedError
 
+ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 F32, BF16 = torch.float32, torch.bfloat16
 BRIEF = Effort(seconds=0.0, fewest=2, most=3)
@@ -275,6 +279,46 @@ def test_contestants_take_turns_and_are_all_measured_alike(monkeypatch):
     assert len(order) == 9
 
 
+@pytest.mark.parametrize(
+    ("seconds", "capturable", "method"),
+    [((3e-4, 5e-5), True, "graph"), ((3e-4, 5e-5), False, "events"), ((3e-4, 2e-4), True, "events")],
+    ids=["launch-bound", "launch-bound, not to be captured", "long"],
+)
+def test_on_a_gpu_graphs_are_for_launch_bound_calls_and_for_all_or_none(monkeypatch, seconds, capturable, method):
+    def graph_timer(call):
+        if not capturable and call == "b":
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return lambda: 1e-6
+
+    monkeypatch.setattr(timing, "l2_flush", lambda device: None)
+    monkeypatch.setattr(timing, "event_timer", lambda call, flush: lambda: dict(zip("ab", seconds, strict=True))[call])
+    monkeypatch.setattr(timing, "graph_timer", graph_timer)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    found = timing.measure({"a": "a", "b": "b"}, torch.device("cuda"), BRIEF)
+    assert {t.method for t in found.values()} == {method}
+    expected = (1e-6, 1e-6) if method == "graph" else seconds
+    assert tuple(t.median for t in found.values()) == expected
+
+
+def test_the_regression_set_runs_under_pytest_benchmark():
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "benchmarks",
+        "--benchmark-only",
+        "-q",
+        "-k",
+        "softmax",
+        "-p",
+        "no:xdist",
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert "2 passed" in done.stdout
+    assert "test_speed[softmax causal 4096x256 float32 forward]" in done.stdout
+
+
 def test_times_are_medians_of_what_a_call_takes():
     values = [3.0, 1.0, 2.0, 100.0, 4.0]
     found = timing.summarize(values, "clock")
@@ -352,6 +396,13 @@ def test_a_run_that_is_cut_short_keeps_what_it_has(tmp_path):
         (("bench", "norms"), "`family` is 'norms'; the families are 'attention'"),
         (("bench", "--vs", "nobody"), "`--vs` has 'nobody'; the providers are"),
         (("bench", "compare", "no.json", "none.json"), "no.json"),
+        (("bench", "--threads", "0"), "must be at least 1, but is 0"),
+        (("bench", "--out", __file__), "which is a file; it must be a folder"),
+        pytest.param(
+            ("bench", "--device", "cuda"),
+            "`--device` is cuda, and torch sees no GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
     ],
 )
 def test_wrong_arguments_are_answered_by_a_sentence(arguments, message):

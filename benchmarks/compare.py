@@ -14,6 +14,7 @@ from fastattn.errors import ArgumentError
 
 QUARTILES_APART = 1.349  # standard deviations between the quartiles of a normal distribution
 ERROR_OF_MEDIAN = 1.2533  # standard errors of the mean
+THRESHOLD = 0.1  # two runs of the same code, minutes apart on a shared machine, have differed by 6 % beside a control
 CERTAIN = 4.0  # standard errors: by chance in one row of 30 000
 Key = tuple[tuple[str, str, str, str], str]  # workload and provider
 
@@ -34,36 +35,49 @@ class Change:
 
 
 def compare(
-    before: Results, after: Results, *, threshold: float = 0.05, relative_to: str | None = None
+    before: Results, after: Results, *, threshold: float = THRESHOLD, relative_to: str = "peers"
 ) -> list[Change]:
     """The rows that both runs have.
 
     Args:
         before, after: two runs of the suite.
         threshold: the smallest change of a time that counts, as a fraction.
-        relative_to: a provider by whose time in the same run, on the same workload, each time is divided: what
-            changed the whole machine between the runs then cancels out. Its own rows are left out.
+        relative_to: by whose time in the same run, on the same workload, each time is divided, so that what changed the
+            whole machine between the runs cancels out. "peers": the peer whose own change is the median of the
+            peers', for a row of ours; a workload without a peer is taken as it is. "nothing": by no time. Else a
+            provider; rows without its time in both runs, and its own, are left out.
 
     Raises:
-        ArgumentError: the runs have no row in common, or `relative_to` was timed in none.
+        ArgumentError: the runs have no row in common, or none with a time of `relative_to`.
     """
-    rows = {run: {(row.key, row.provider): row for row in results.rows} for run, results in enumerate((before, after))}
-    common = [key for key in rows[0] if key in rows[1] and key[1] != relative_to]
-    if not common:
+    rows = [{(row.key, row.provider): row for row in results.rows} for results in (before, after)]
+    pairs = {key: (rows[0][key], rows[1][key]) for key in rows[0] if key in rows[1]}
+    if not pairs:
         raise ArgumentError("the two files have no workload and provider in common.")
-    changes = []
-    for key in common:
-        pair = rows[0][key], rows[1][key]
-        controls = None
-        if relative_to is not None:
-            control = key[0], relative_to
-            if not all(rows[run].get(control) and rows[run][control].seconds for run in (0, 1)):
-                continue
-            controls = rows[0][control], rows[1][control]
-        changes.append(change(*pair, controls, threshold))
-    if not changes:
+    if relative_to in ("peers", "nothing"):
+        return [
+            change(*pair, median_peer(pairs, key) if relative_to == "peers" and pair[0].ours else None, threshold)
+            for key, pair in pairs.items()
+        ]
+    controlled = [
+        change(*pair, pairs[workload, relative_to], threshold)
+        for (workload, provider), pair in pairs.items()
+        if provider != relative_to and timed(pairs.get((workload, relative_to)))
+    ]
+    if not controlled:
         raise ArgumentError(f"`--relative-to` is {relative_to!r}, which no workload of both files has a time of.")
-    return changes
+    return controlled
+
+
+def timed(pair: tuple[Row, Row] | None) -> bool:
+    return pair is not None and all(row.seconds for row in pair)
+
+
+def median_peer(pairs: dict[Key, tuple[Row, Row]], key: Key) -> tuple[Row, Row] | None:
+    """Of the peers of a workload, that whose change is in the middle, which no single peer's own change moves far."""
+    peers = [pair for (workload, _), pair in pairs.items() if workload == key[0] and not pair[0].ours and timed(pair)]
+    peers.sort(key=lambda pair: (pair[1].seconds or 0) / (pair[0].seconds or 1))
+    return peers[len(peers) // 2] if peers else None
 
 
 def change(before: Row, after: Row, controls: tuple[Row, Row] | None, threshold: float) -> Change:
@@ -145,8 +159,11 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser("python -m fastattn bench compare", description="Two runs of the suite, row by row.")
     p.add_argument("before", type=Path, metavar="BEFORE.json")
     p.add_argument("after", type=Path, metavar="AFTER.json")
-    p.add_argument("--threshold", type=fraction, default=0.05, help="smallest change that counts; default: 0.05")
-    p.add_argument("--relative-to", metavar="PROVIDER", help="divide each time by this provider's of the same run")
+    p.add_argument("--threshold", type=fraction, default=THRESHOLD, help=f"smallest change that counts: {THRESHOLD}")
+    p.add_argument(
+        "--relative-to", metavar="PROVIDER", default="peers",
+        help="divide each time by this provider's of the same run; default: by the middle one of the peers",
+    )  # fmt: skip
     p.add_argument("--all", action="store_true", help="show the rows that did not change too")
     return p
 

@@ -64,9 +64,23 @@ def test_a_drift_of_the_whole_machine_cancels_out_beside_a_control():
         rng = np.random.default_rng(seed)
         before = results(measured(rng, 1e-3), measured(rng, 2e-3, "torch/flash"))
         after = results(measured(rng, 1.3e-3), measured(rng, 2.6e-3, "torch/flash"))
-        found.append((verdicts(before, after), verdicts(before, after, relative_to="torch/flash")))
-    assert sum(alone == ["slower", "slower"] for alone, _ in found) >= 0.98 * len(SEEDS)
-    assert sum(beside == ["same"] for _, beside in found) >= 0.99 * len(SEEDS)
+        alone = verdicts(before, after, relative_to="nothing")
+        found.append((alone, verdicts(before, after)[0], verdicts(before, after, relative_to="torch/flash")))
+    assert sum(alone == ["slower", "slower"] for alone, _, _ in found) >= 0.98 * len(SEEDS)
+    assert sum(ours == "same" for _, ours, _ in found) >= 0.99 * len(SEEDS)
+    assert sum(beside == ["same"] for *_, beside in found) >= 0.99 * len(SEEDS)
+
+
+def test_one_peer_that_changed_is_no_control():
+    """A new version of it, say: the middle one counts."""
+    peers = {"a": (1.0, 1.0), "b": (2.0, 2.02), "c": (3.0, 1.5)}
+    before = results(row(seconds=1.0), *(row(seconds=t[0], provider=p) for p, t in peers.items()))
+    after = results(row(seconds=1.2), *(row(seconds=t[1], provider=p) for p, t in peers.items()))
+    found = {c.before.provider: c for c in compare(before, after)}
+    assert found["fastattn/triton"].ratio == pytest.approx(1.2)
+    assert found["fastattn/triton"].is_regression
+    assert found["c"].verdict == "faster"
+    assert not found["c"].is_regression
 
 
 def test_beside_a_control_a_slowdown_of_ours_alone_is_caught():

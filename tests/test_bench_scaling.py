@@ -11,10 +11,11 @@ import pytest
 from test_cli import run
 
 from benchmarks import scaling
-from benchmarks.results import Results, Row, write_json
+from benchmarks.results import Results, Row, read_json, write_json
 from benchmarks.scaling import Layout, Model, Rates, predict
 from fastattn.errors import ArgumentError
 
+ROOT = Path(__file__).parent.parent
 MODEL = Model(layers=4, d_model=1024, heads=16, kv_heads=4, V=32_000, S=4096)
 RATES = Rates(products=600e12, attention_forward=500e12, attention_backward=400e12, memory=4e12, link=400e9)
 
@@ -118,6 +119,18 @@ def test_the_command_prints_every_layout(file, tmp_path):
     for name, entry in table.items():
         assert f"\n{name} " in done.stdout
         assert f"{entry['seconds'] * 1e3:.1f}" in done.stdout
+
+
+def test_the_documented_points_are_those_of_the_stored_run():
+    stored = read_json(ROOT / "benchmarks" / "results" / "cpu" / "results.json")
+    page = (ROOT / "docs" / "scaling.md").read_text()
+    found = scaling.check(stored)
+    assert [row.family for row, _ in found] == ["layer", "train_step"]
+    for row, predicted in found:
+        assert row.seconds is not None
+        ratio = predicted / row.seconds
+        line = f"| {row.family} {row.name} | {predicted * 1e3:.2f} ms | {row.seconds * 1e3:.2f} ms | {ratio:.2f} |"
+        assert line in page
 
 
 def test_the_command_checks_itself_against_what_was_measured(file):

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any, Self
 
 import torch
-from tqdm import tqdm
 
 from benchmarks import families, machine
 from benchmarks.ceilings import measure_ceilings
@@ -101,7 +102,26 @@ def measure_all(
     return results
 
 
-def progress(total: int) -> tqdm:
+class Lines:
+    """Prints what a progress bar would print above itself, on a machine without tqdm."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def write(self, text: str) -> None:
+        print(text, flush=True)
+
+    def update(self) -> None:
+        pass
+
+
+def progress(total: int) -> Any:
+    if importlib.util.find_spec("tqdm") is None:
+        return Lines()
+    from tqdm import tqdm
 
     return tqdm(total=total, unit="workload", file=sys.stderr, disable=not sys.stderr.isatty())
 
@@ -147,14 +167,16 @@ def print_standings(results: Results) -> None:
 
 
 def write_everything(results: Results, folder: Path, plots: bool) -> None:
-    from benchmarks.plots import write_plots
+    from benchmarks.plots import NO_MATPLOTLIB, available, write_plots
     from benchmarks.report import write_report
 
     write_json(results, folder / "results.json")
     write_csv(results.rows, folder / "results.csv")
     write_report(results, folder / "report.html")
-    if plots:
+    if plots and available():
         write_plots(results, folder / "plots")
+    elif plots:
+        print(NO_MATPLOTLIB)
     print(f"\n{folder / 'report.html'}")
 
 

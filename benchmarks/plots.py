@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import math
 from collections.abc import Callable, Iterator
@@ -21,7 +22,12 @@ OURS = "#d62728"
 PEERS = ("#0072b2", "#e69f00", "#009e73", "#56b4e9", "#cc79a7", "#7f7f7f", "#000000", "#b8a400")
 MARKERS = "osD^v<>PX*"
 COLUMNS = 3
+NO_MATPLOTLIB = "There are no plots, as matplotlib is not installed."
 METADATA = {"svg": {"Date": None}, "png": {"Software": None}}
+
+
+def available() -> bool:
+    return importlib.util.find_spec("matplotlib") is not None
 
 
 def figures(results: Results) -> Iterator[tuple[str, Figure]]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 
-from benchmarks.plots import as_svg, figures
+from benchmarks.plots import NO_MATPLOTLIB, as_svg, available, figures
 from benchmarks.results import Results, Row
 from benchmarks.summary import duels, standings
 
@@ -94,7 +94,11 @@ def behind(results: Results) -> Iterator[str]:
 
 
 def plots(results: Results) -> Iterator[str]:
-    yield '<h2>Plots</h2><div class="plots">'
+    yield "<h2>Plots</h2>"
+    if not available():
+        yield f"<p>{NO_MATPLOTLIB}</p>"
+        return
+    yield '<div class="plots">'
     for name, figure in figures(results):
         svg = as_svg(figure)
         label = escape(name.replace("_", " "))

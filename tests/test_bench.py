@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import subprocess
@@ -379,6 +380,34 @@ def test_a_run_leaves_what_it_promises(tmp_path):
     assert "<table" in (tmp_path / "report.html").read_text()
     assert list((tmp_path / "plots").glob("*.png"))
     assert "softmax causal" in done.stdout.split("geometric means:")[1]
+
+
+def test_a_bare_machine_needs_neither_tqdm_nor_matplotlib(tmp_path, monkeypatch, capsys):
+    from benchmarks import main
+
+    find_spec = importlib.util.find_spec
+    absent = ("tqdm", "matplotlib")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name in absent else find_spec(name, *a))
+    for name in absent:
+        monkeypatch.setitem(sys.modules, name, None)
+    arguments = [
+        "softmax",
+        "--quick",
+        "--seconds",
+        "0",
+        "--vs",
+        "torch/eager",
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path),
+    ]
+    assert main.run(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "softmax: 256x4096, float32, forward" in shown
+    assert "no plots, as matplotlib is not installed" in shown
+    assert "no plots, as matplotlib is not installed" in (tmp_path / "report.html").read_text()
+    assert len(read_json(tmp_path / "results.json").by_workload()) == 1
 
 
 def test_a_run_that_is_cut_short_keeps_what_it_has(tmp_path):

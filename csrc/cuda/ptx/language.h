@@ -1,0 +1,5 @@
+// The CUDA language itself; the emulator's header of this name defines the same words for g++.
+#pragma once
+#include <cuda_runtime.h>
+
+#include <cstdint>

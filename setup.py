@@ -1,5 +1,97 @@
-"""Everything that is not in pyproject.toml. Native extensions are built here, and only where a compiler is found."""
+"""Everything that is not in pyproject.toml: fastattn._cuda, where there is nvcc and a GPU to compile for."""
 
-from setuptools import setup
+from __future__ import annotations
 
-setup()
+import importlib.util
+import json
+import os
+import shutil
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+
+
+def load_native() -> Any:
+    """fastattn.native by its path: importing fastattn needs torch, which is not installed where a wheel is built."""
+    folder = ROOT / "fastattn/native"
+    spec = importlib.util.spec_from_file_location(
+        "_fastattn_native", folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+NATIVE = load_native().__name__
+MANIFEST = "_cuda.json"
+try:
+    DECISION = import_module(f"{NATIVE}.installation").decide(os.environ)
+except ValueError as error:
+    sys.exit(f"fastattn: {error}")
+if DECISION.required and not DECISION.archs:
+    sys.exit(f"fastattn: FASTATTN_BUILD is 1, but the CUDA kernels cannot be compiled: {DECISION.reason}")
+
+
+class BuildPy(build_py):
+    """Ships csrc inside the package, so that `python -m fastattn build` works from a wheel.
+
+    Not through package_dir, which would turn an editable installation's path entry into an import hook.
+    """
+
+    def run(self) -> None:
+        if not DECISION.archs:
+            print(f"fastattn: CUDA kernels are not compiled: {DECISION.reason}")
+        super().run()
+        if not self.editable_mode:
+            plan = import_module(f"{NATIVE}.plan")
+            target = Path(self.build_lib) / "fastattn/csrc"
+            shutil.rmtree(target, ignore_errors=True)
+            for patterns in plan.PATTERNS.values():
+                for name, content in plan.read_sources(ROOT / "csrc", patterns).items():
+                    (target / name).parent.mkdir(parents=True, exist_ok=True)
+                    (target / name).write_bytes(content)
+
+
+class BuildExt(build_ext):
+    """Compiles by fastattn's own engine; a failure is told, and the package installed without the module."""
+
+    def build_extension(self, ext: Extension) -> None:
+        plan, workplace = (import_module(f"{NATIVE}.{name}") for name in ("plan", "workplace"))
+        module = Path(self.get_ext_fullpath(ext.name))
+        module.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            wanted = plan.cuda(DECISION.archs)
+            folder = Path(self.build_temp).resolve() / f"{wanted.target}-{wanted.workplace_key}"
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(workplace.run(wanted, folder), module)
+        except (RuntimeError, ValueError) as error:
+            if DECISION.required:
+                sys.exit(f"fastattn: the CUDA kernels do not compile, and FASTATTN_BUILD is 1: {error}")
+            print(f"fastattn: installed without CUDA kernels, which do not compile: {error}")
+            return
+        manifest = {**wanted.manifest(), "module": module.name}
+        (module.parent / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        print(f"fastattn: compiled the CUDA kernels for {', '.join(wanted.archs)} with {wanted.compiler}")
+
+    def copy_extensions_to_source(self) -> None:
+        super().copy_extensions_to_source()
+        built = Path(self.build_lib) / "fastattn" / MANIFEST
+        if built.is_file():
+            shutil.copy2(built, ROOT / "fastattn" / MANIFEST)
+
+
+setup(
+    # Without one the wheel fits every platform.
+    ext_modules=[Extension("fastattn._cuda", sources=[], optional=True)] if DECISION.archs else [],
+    cmdclass={"build_py": BuildPy, "build_ext": BuildExt},
+)

@@ -1,0 +1,194 @@
+"""What is compiled from which sources, with which flags: one Plan per module, and the key that names its result."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from . import archs as architectures
+from . import toolchain
+from .errors import BuildFailed, UnknownArch
+
+PACKAGE = Path(__file__).resolve().parent.parent
+SUFFIXES = (".h", ".cpp", ".cu")
+
+# Patterns of paths below csrc, where * matches / too.
+CUDA_BINDINGS = ("bindings_*.cpp", "!bindings_cpu.cpp")
+CUDA_FILES = ("*.h", *CUDA_BINDINGS, "cuda/*.h", "cuda/*.cu", "!cpu/*", "!emulator/*", "!*tests/*")
+EMULATOR_FILES = (*(name for name in CUDA_FILES if name != "!emulator/*"), "emulator/*.h", "emulator/*.cpp")
+HOPPER_SOURCES = ("cuda/sm90/*.cu",)
+
+NVCC_FLAGS = ("-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Icsrc/cuda", "-Icsrc")
+KERNEL_FLAGS = ("-lineinfo", "-Xptxas=-v")
+NVCC_LINK = ("-shared", "-cudart=static", "-Xlinker=--exclude-libs=ALL")
+GXX_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-Icsrc/emulator", "-Icsrc/cuda", "-Icsrc")
+GXX_LINK = ("-shared", "-pthread")
+
+
+def csrc() -> Path:
+    """The sources: inside the package when installed, beside it in a checkout."""
+    for folder in (PACKAGE / "csrc", PACKAGE.parent / "csrc"):
+        if (folder / "bindings_cuda.cpp").is_file():
+            return folder
+    raise BuildFailed(f"the C++ sources are missing: neither {PACKAGE / 'csrc'} nor {PACKAGE.parent / 'csrc'} has them")
+
+
+def select(names: Sequence[str], patterns: Sequence[str]) -> tuple[str, ...]:
+    """The names that match a pattern, and none of those with a leading !."""
+    wanted = [pattern for pattern in patterns if not pattern.startswith("!")]
+    excluded = [pattern[1:] for pattern in patterns if pattern.startswith("!")]
+
+    def matches(name: str, pattern: str) -> bool:
+        # "*.h" is a file of the folder itself; below a folder, * reaches its subfolders too.
+        return fnmatchcase(name, pattern) and ("/" in pattern or "/" not in name)
+
+    return tuple(
+        name for name in names if any(matches(name, p) for p in wanted) and not any(matches(name, p) for p in excluded)
+    )
+
+
+def read_sources(folder: Path, patterns: Sequence[str]) -> dict[str, bytes]:
+    """Path below csrc -> content, of every source that matches, in a fixed order."""
+    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.suffix in SUFFIXES and p.is_file())
+    return {name: (folder / name).read_bytes() for name in select(names, patterns)}
+
+
+def digest(sources: dict[str, bytes]) -> str:
+    """sha256 over names and contents."""
+    total = hashlib.sha256()
+    for name, content in sources.items():
+        total.update(f"{name}\0{len(content)}\0".encode())
+        total.update(content)
+    return total.hexdigest()
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One source and the command that compiles it, up to `-c source -o object`."""
+
+    source: str  # below csrc
+    command: tuple[str, ...]
+    is_kernel: bool = False  # ptxas speaks of it
+
+    @property
+    def object(self) -> str:
+        return f"obj/{self.source}.o"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that decides what a build gives. Commands run in a folder that holds csrc, and name sources relative."""
+
+    target: str  # "cuda", "emulator"
+    module: str  # the last part of its name, as in PYBIND11_MODULE
+    sources: dict[str, bytes] = field(repr=False)
+    units: tuple[Unit, ...]
+    link: tuple[str, ...]  # up to `objects -o module`
+    compilers: tuple[str, ...] = field(repr=False)  # the full text of each version
+    compiler: str  # one line for people
+    archs: tuple[str, ...] = ()
+    abi: str = field(default_factory=toolchain.abi)
+
+    @property
+    def filename(self) -> str:
+        return f"{self.module}.{self.abi}.so"
+
+    @functools.cached_property
+    def sources_digest(self) -> str:
+        return digest(self.sources)
+
+    @functools.cached_property
+    def workplace_key(self) -> str:
+        """Of all but the sources: builds that differ only in those share a folder, and so their unchanged objects."""
+        return self._hash([self.compilers, self.link, self.archs, self.abi])
+
+    @functools.cached_property
+    def key(self) -> str:
+        commands = [(unit.source, unit.command) for unit in self.units]
+        return self._hash([self.workplace_key, self.sources_digest, commands])
+
+    def _hash(self, parts: object) -> str:
+        return hashlib.sha256(json.dumps([self.target, parts]).encode()).hexdigest()[:32]
+
+    def manifest(self) -> dict[str, object]:
+        """What lies beside the module, for whoever looks whether it fits."""
+        return {
+            "target": self.target,
+            "module": self.filename,
+            "sources": self.sources_digest,
+            "archs": list(self.archs),
+            "abi": self.abi,
+            "compiler": self.compiler,
+        }
+
+
+def _python_flags() -> tuple[str, ...]:
+    return ("-isystem", str(toolchain.find_pybind11()), "-isystem", str(toolchain.python_include()))
+
+
+def cuda(archs: Sequence[str], folder: Path | None = None) -> Plan:
+    """fastattn._cuda for some architectures; Hopper's kernels only if sm_90a is among them."""
+    nvcc, gxx = toolchain.find_nvcc(), toolchain.find_gxx()
+    for arch in archs:
+        if arch not in (able := nvcc.architectures()):
+            known = ", ".join(name for name in architectures.ACCEPTED if name in able)
+            raise UnknownArch(f"nvcc {nvcc.short_version()} cannot compile for {arch}; it can for {known}.")
+    sources = read_sources(folder or csrc(), CUDA_FILES)
+    hopper = select(list(sources), HOPPER_SOURCES)
+    start = (str(nvcc.path), *gxx.for_nvcc(), *NVCC_FLAGS)
+
+    def units() -> Iterator[Unit]:
+        for name in sources:
+            if name.endswith(".cpp"):
+                define = f"-DFASTATTN_SM90={int(architectures.HOPPER in archs)}"
+                yield Unit(name, (*start, define, *_python_flags()))
+            elif name.endswith(".cu"):
+                own = [arch for arch in archs if name not in hopper or arch == architectures.HOPPER]
+                generate = [f"-gencode=arch={arch.replace('sm', 'compute')},code={arch}" for arch in own]
+                if own:
+                    yield Unit(name, (*start, *KERNEL_FLAGS, *generate), is_kernel=True)
+
+    libraries = (f"-L{library}" for library in nvcc.library_folders)
+    return Plan(
+        target="cuda",
+        module="_cuda",
+        sources=sources,
+        units=tuple(units()),
+        link=(str(nvcc.path), *gxx.for_nvcc(), *NVCC_LINK, *libraries),
+        compilers=(nvcc.version, gxx.version, toolchain.pybind11_version()),
+        compiler=f"nvcc {nvcc.short_version()}",
+        archs=tuple(archs),
+    )
+
+
+def emulator(folder: Path | None = None) -> Plan:
+    """The same bindings and kernels, compiled by the host compiler with the emulator's headers in place of CUDA's."""
+    gxx = toolchain.find_gxx()
+    sources = read_sources(folder or csrc(), EMULATOR_FILES)
+    python = _python_flags()
+
+    def units() -> Iterator[Unit]:
+        for name in sources:
+            if name.endswith(".cpp"):
+                yield Unit(name, (*gxx.command, *GXX_FLAGS, "-DFASTATTN_SM90=1", *python))
+            elif name.endswith(".cu"):
+                yield Unit(name, (*gxx.command, *GXX_FLAGS, "-xc++"))
+
+    return Plan(
+        target="emulator",
+        module="_cuda",
+        sources=sources,
+        units=tuple(units()),
+        link=(*gxx.command, *GXX_LINK),
+        compilers=(gxx.version, toolchain.pybind11_version()),
+        compiler=gxx.version.partition("\n")[0],
+    )
+
+
+PATTERNS = {"cuda": CUDA_FILES, "emulator": EMULATOR_FILES}
+MAKE: dict[str, Callable[..., Plan]] = {"cuda": cuda, "emulator": emulator}

@@ -1,0 +1,95 @@
+#include "dispatch.h"
+
+#include <pthread.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <new>
+#include <stdexcept>
+
+namespace fastattn {
+namespace {
+
+const char* const NAMES[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
+
+bool cpu_has(Isa isa) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  switch (isa) {
+    case Isa::baseline:
+      return true;
+    case Isa::avx2:  // every CPU with both of these also converts fp16
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    case Isa::avx512:
+      return cpu_has(Isa::avx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    case Isa::avx512_bf16:
+      return cpu_has(Isa::avx512) && __builtin_cpu_supports("avx512bf16");
+  }
+  return false;
+#else
+  return isa == Isa::baseline;
+#endif
+}
+
+std::string listed(const std::vector<std::string>& names) {
+  std::string text;
+  for (const std::string& name : names) text += (text.empty() ? "" : ", ") + name;
+  return text;
+}
+
+Isa parse(const std::string& name) {
+  for (int i = 0; i < 4; ++i) {
+    if (name != NAMES[i]) continue;
+    if (cpu_has(Isa(i))) return Isa(i);
+    throw std::invalid_argument("FASTATTN_CPU_ISA is '" + name + "', which this CPU does not have; it has " +
+                                listed(available_isas()) + ".");
+  }
+  throw std::invalid_argument("FASTATTN_CPU_ISA is '" + name + "'; it must be one of " + listed(available_isas()) + ".");
+}
+
+Isa chosen() {
+  const char* forced = std::getenv("FASTATTN_CPU_ISA");
+  if (forced != nullptr && *forced != '\0') return parse(forced);
+  for (int i = 3; i > 0; --i) {
+    if (cpu_has(Isa(i))) return Isa(i);
+  }
+  return Isa::baseline;
+}
+
+std::atomic<int> current{-1};  // -1: not chosen yet
+
+std::atomic<bool> forked{false};
+const int watching = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+
+}  // namespace
+
+Isa isa() {
+  int i = current.load(std::memory_order_relaxed);
+  if (i < 0) current = i = int(chosen());
+  return Isa(i);
+}
+
+void set_isa(const std::string& name) { current = int(name.empty() ? chosen() : parse(name)); }
+
+std::string isa_name() { return NAMES[int(isa())]; }
+
+std::vector<std::string> available_isas() {
+  std::vector<std::string> names;
+  for (int i = 0; i < 4; ++i) {
+    if (cpu_has(Isa(i))) names.push_back(NAMES[i]);
+  }
+  return names;
+}
+
+bool in_forked_child() { return forked.load(std::memory_order_relaxed); }
+
+Scratch::Scratch(size_t bytes) : data_(nullptr) {
+  if (bytes == 0) return;
+  data_ = static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
+  if (data_ == nullptr) throw std::bad_alloc();
+}
+
+Scratch::~Scratch() { std::free(data_); }
+
+}  // namespace fastattn

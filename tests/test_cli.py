@@ -34,8 +34,9 @@ def test_info_shows_versions_devices_and_backends() -> None:
     assert lines[3].split() == ["python", platform.python_version()]
     cpu = lines[next(i for i, line in enumerate(lines) if line.startswith("cpu: ")) + 1 :][: len(backends.ORDER)]
     assert [line.split()[0] for line in cpu] == list(backends.ORDER)
-    triton, *others = (line.split(maxsplit=1)[1] for line in cpu)
-    assert triton.startswith("not available: ")
+    cuda, triton, *others = (line.split(maxsplit=1)[1] for line in cpu)
+    assert cuda.startswith("not available: its kernels are for NVIDIA GPUs")
+    assert triton.startswith("not available: Triton compiles for GPUs")
     assert others == ["available"] * len(others)
 
 
@@ -47,8 +48,9 @@ def test_info_follows_the_interpreter() -> None:
 def test_explain_says_what_runs_and_why_not_the_others() -> None:
     done = run("explain", "attention", "--device", "cpu", TRITON_INTERPRET="0")
     assert done.returncode == 0, done.stderr
-    title, triton, eager, reference = done.stdout.splitlines()
+    title, cuda, triton, eager, reference = done.stdout.splitlines()
     assert title == "attention on cpu: eager"
+    assert cuda.startswith("  cuda       passed over: its kernels are for NVIDIA GPUs")
     assert triton.startswith("  triton     passed over: Triton compiles for GPUs")
     assert eager.startswith("  eager      runs: ")
     assert reference == "  reference  not reached"
@@ -79,8 +81,9 @@ def test_explain_says_what_runs_and_why_not_the_others() -> None:
 )
 def test_explain_passes_its_options_on(arguments: str, how: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", *arguments.split(), "--device", "cpu", "--backend", "eager"]) == 0
-    title, triton, eager, _ = capsys.readouterr().out.splitlines()
+    title, cuda, triton, eager, _ = capsys.readouterr().out.splitlines()
     assert title == f"{arguments.split()[0]} on cpu: eager"
+    assert cuda == "  cuda       passed over: backend='eager' was asked for"
     assert triton == "  triton     passed over: backend='eager' was asked for"
     assert eager.startswith("  eager      runs: ")
     assert how in eager

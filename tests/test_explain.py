@@ -155,7 +155,7 @@ CALLS = [
 ]
 WITH_CHOICE = [call for call in CALLS if call.fn is not fastattn.scaled_dot_product_attention]
 ASKED_FOR = [
-    (call, name) for call in WITH_CHOICE for name in backends.ORDER if name != "triton" or call.backend == "triton"
+    (call, name) for call in WITH_CHOICE for name in ENTRIES if name != "triton" or call.backend == "triton"
 ]
 
 
@@ -205,7 +205,7 @@ def test_names_the_backend_that_was_asked_for(call: Call, name: str, entered, de
 def test_says_why_triton_was_passed_over(call: Call, device: torch.device):
     args, kwargs = call.arguments(device)
     explanation = fastattn.explain(call.fn, *args, **kwargs)
-    assert list(explanation.reasons) == ["triton"]
+    assert list(explanation.reasons) == ["cuda", "triton"]
     assert call.why_not_triton in explanation.reasons["triton"]
 
 
@@ -271,6 +271,7 @@ def test_config_of_eager_says_whether_torch_serves(options, torch_runs: bool, mo
             {},
             """
 attention on cpu: eager
+  cuda       passed over: it is not built
   triton     passed over: dtype float64 (it has float16, bfloat16 and float32)
   eager      runs: torch scaled_dot_product_attention where lse is not wanted, else reference operations
   reference  not reached""",
@@ -279,6 +280,7 @@ attention on cpu: eager
             {"backend": "reference"},
             """
 attention on cpu: reference
+  cuda       passed over: backend='reference' was asked for
   triton     passed over: backend='reference' was asked for
   eager      passed over: backend='reference' was asked for
   reference  runs: plain torch operations, unfused""",
@@ -287,6 +289,7 @@ attention on cpu: reference
             {"backend": "triton"},
             """
 attention on cpu: no backend
+  cuda       passed over: backend='triton' was asked for
   triton     passed over: dtype float64 (it has float16, bfloat16 and float32)
   eager      passed over: backend='triton' was asked for
   reference  passed over: backend='triton' was asked for""",
@@ -296,6 +299,7 @@ attention on cpu: no backend
 )
 def test_prints_as_a_table(options, table: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(backends.get("triton"), "available", lambda device: None)  # on this CPU, whatever the machine
+    monkeypatch.setattr(backends.get("cuda"), "available", lambda device: "it is not built")
     q = torch.ones(1, 2, 5, 8, dtype=F64)
     assert str(fastattn.explain(fastattn.attention, q, q, q, **options)) == table.strip()
 

@@ -23,6 +23,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(BOTTOM, ()),
     "fastattn.reference": ("fastattn.spec",),
     "=fastattn.backends": (
+        "=fastattn.backends.cuda",
         "=fastattn.backends.eager",
         "=fastattn.backends.reference",
         f"={TRITON}",
@@ -37,6 +38,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "fastattn.spec",
         "fastattn.tracing",
     ),
+    "fastattn.backends.cuda": ("=fastattn.native", "fastattn.spec"),
     TRITON: ("fastattn.errors", "fastattn.spec", "triton"),
     f"{TRITON}.blocks": (f"={TRITON}", "fastattn.spec", "triton"),
     "fastattn.ops": ("=fastattn.backends", *BOTTOM),

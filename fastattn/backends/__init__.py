@@ -2,7 +2,9 @@
 
 A backend is a module with `NAME`, `COMPOSITE`, `available(device)` and `unsupported(spec, device)`; the last two return
 None for yes, or the reason. A composite backend is differentiable torch code and is called as it is; a kernel backend
-fills tensors, and `fastattn.ops` gives it its derivative.
+fills tensors, and `fastattn.ops` gives it its derivative. One that has no kernel for a derivative leaves that entry out,
+and the next kernel backend that has it computes it from the same saved tensors. A backend may have
+`only_on_request(device)`: why it is not taken unless it is named.
 """
 
 from __future__ import annotations
@@ -12,12 +14,13 @@ from types import ModuleType
 
 import torch
 
-from fastattn.backends import eager, reference, triton
+from fastattn.backends import cuda, eager, reference, triton
 from fastattn.errors import ArgumentError, ArgumentTypeError, UnsupportedError, kind
-from fastattn.spec import Spec
+from fastattn.spec import AttentionSpec, Spec
 
-_BACKENDS: dict[str, ModuleType] = {backend.NAME: backend for backend in (triton, eager, reference)}
+_BACKENDS: dict[str, ModuleType] = {backend.NAME: backend for backend in (cuda, triton, eager, reference)}
 ORDER: tuple[str, ...] = tuple(_BACKENDS)
+_DERIVATIVES = {AttentionSpec: ("attention_backward", "attention_tangents")}  # entries that a backend may leave out
 
 
 def get(name: str) -> ModuleType:
@@ -37,7 +40,42 @@ def has_kernels(device: torch.device) -> bool:
 def unsupported(name: str, spec: Spec, device: torch.device) -> str | None:
     """Why backend `name` cannot compute `spec` on `device`; None when it can."""
     backend = get(name)
-    return backend.available(device) or backend.unsupported(spec, device)
+    why = backend.available(device) or backend.unsupported(spec, device)
+    if why is None and not backend.COMPOSITE:
+        for entry in _DERIVATIVES.get(type(spec), ()):
+            _, reasons = _find(entry, name, spec, device)
+            if reasons:
+                return f"it has no {entry}, and no other backend here has: {reasons}"
+    return why
+
+
+def serving(entry: str, name: str, spec: Spec, device: torch.device) -> ModuleType:
+    """The backend that computes a derivative of what backend `name` computed: it, or the next that has the kernel."""
+    backend, reasons = _find(entry, name, spec, device)
+    if backend is None:
+        raise UnsupportedError(f"{spec.op}: no backend has {entry} for this call: {reasons}.")
+    return backend
+
+
+def _find(entry: str, name: str, spec: Spec, device: torch.device) -> tuple[ModuleType | None, str]:
+    """The backend for `serving`, or None and why not each."""
+    reasons = []
+    for other in (name, *ORDER):
+        backend = _BACKENDS[other]
+        if hasattr(backend, entry):
+            why = None if other == name else backend.available(device) or backend.unsupported(spec, device)
+            if why is None:
+                return backend, ""
+            reasons.append(f"{other}: {why}")
+    return None, "; ".join(reasons)
+
+
+def _passed_over(name: str, spec: Spec, device: torch.device) -> str | None:
+    """Why backend `name` does not serve a call that names none."""
+    if why := unsupported(name, spec, device):
+        return why
+    only_on_request = getattr(get(name), "only_on_request", None)
+    return only_on_request(device) if only_on_request else None
 
 
 def select(spec: Spec, device: torch.device, requested: str | None = None) -> ModuleType:
@@ -49,7 +87,7 @@ def select(spec: Spec, device: torch.device, requested: str | None = None) -> Mo
         return backend
     reasons = {}
     for name in ORDER:
-        why = unsupported(name, spec, device)
+        why = _passed_over(name, spec, device)
         if why is None:
             return get(name)
         reasons[name] = why
@@ -89,7 +127,7 @@ def explain(spec: Spec, device: torch.device, requested: str | None = None) -> E
         if requested is not None and name != requested:
             reasons[name] = f"backend={requested!r} was asked for"
             continue
-        why = unsupported(name, spec, device)
+        why = (_passed_over if requested is None else unsupported)(name, spec, device)
         if why is None:
             return Explanation(spec, device, name, get(name).describe(spec, device), reasons)
         reasons[name] = why

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fastattn.backends import get
+from fastattn.backends import get, serving
 from fastattn.ops.attention_jvp import fused_tangents
 from fastattn.ops.define import Definition, Operator
 from fastattn.spec import DIFFERENTIABLE_INPUTS, AttentionInputs, AttentionSpec
@@ -47,7 +47,8 @@ def _allocate_grads(saved, wanted, spec: AttentionSpec):
 
 def _launch_backward(grad_inputs, grads, saved, spec: AttentionSpec, backend: str):
     inputs = AttentionInputs(*(saved[name] for name in INPUTS))
-    get(backend).attention_backward(AttentionInputs(*grad_inputs), *grads, inputs, saved["o"], saved["lse"], spec)
+    run = serving("attention_backward", backend, spec, inputs.q.device)
+    run.attention_backward(AttentionInputs(*grad_inputs), *grads, inputs, saved["o"], saved["lse"], spec)
 
 
 def _reference(inputs, spec: AttentionSpec):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.backends import get
+from fastattn.backends import serving
 from fastattn.ops.define import Definition, Operator
 from fastattn.ops.differentiate import Tensors, vjp
 from fastattn.spec import DIFFERENTIABLE_INPUTS, AttentionInputs, AttentionSpec
@@ -51,7 +51,8 @@ def _definition(attention: Definition) -> Definition:
         inputs, outputs, tangents = split(tensors)
         named: dict[str, Any] = dict(zip(DIFFERENTIABLE_INPUTS, tangents, strict=True))
         x = AttentionInputs._make(inputs)
-        get(backend).attention_tangents(*results, AttentionInputs(**named), x, *outputs, spec)
+        run = serving("attention_tangents", backend, spec, x.q.device)
+        run.attention_tangents(*results, AttentionInputs(**named), x, *outputs, spec)
 
     def reference(tensors: Tensors, spec: AttentionSpec) -> Tensors:
         """J t as the gradient by u of <Jᵀ u, t>, which is reverse mode alone and so nests in every transform."""

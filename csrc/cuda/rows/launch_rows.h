@@ -1,0 +1,49 @@
+// From a chosen configuration to a launch: dispatch by dtype, alignment of tensors, grid.
+#pragma once
+#include <launch.h>
+#include <rows/config.h>
+#include <rows/supports_clusters.h>
+
+#include <stdexcept>
+
+namespace rows {
+
+template <class F> void with_dtype(Dtype dtype, F f) {
+  if (dtype == Dtype::Float32) f(float{});
+  else if (dtype == Dtype::Bfloat16) f(ptx::bf16{});
+  else f(ptx::fp16{});
+}
+
+template <class Kernel> RowLimits limits(Kernel kernel) { return {supports_clusters(kernel), shared_limit()}; }
+
+// Bytes of one access to E neighbours.
+inline int access_bytes(Dtype dtype, int E) { return std::min(16, E * size_of(dtype)); }
+
+inline void align(Matrix& m, int E) {
+  const int bytes = access_bytes(m.dtype, E);
+  m.wide = reinterpret_cast<uintptr_t>(m.data) % bytes == 0;
+  for (int64_t step : m.step) m.wide &= step * size_of(m.dtype) % bytes == 0;
+}
+
+inline void align(Vector& v, int E) { v.wide = reinterpret_cast<uintptr_t>(v.data) % access_bytes(v.dtype, E) == 0; }
+
+// Whether the rows of both matrices lie alike between 16-byte boundaries.
+inline bool alike(const Matrix& a, const Matrix& b) {
+  bool same = reinterpret_cast<uintptr_t>(a.data) % 16 == reinterpret_cast<uintptr_t>(b.data) % 16 && a.dtype == b.dtype;
+  for (int d = 0; d < 3; ++d) same &= (a.step[d] - b.step[d]) * size_of(a.dtype) % 16 == 0;
+  return same;
+}
+
+// Grid of one CTA, or cluster, per group of rows; and `walk` as the kernel reads it.
+inline LaunchShape shape_of(const RowConfig& config, Walk& walk) {
+  walk.threads_per_row = config.threads_per_row;
+  walk.cluster = config.cluster;
+  walk.chunks = config.chunks;
+  walk.kept = config.kept;
+  const int groups = (walk.M + config.rows_per_cta() - 1) / config.rows_per_cta();
+  const int64_t ctas = int64_t(groups) * config.cluster;
+  const int most = INT32_MAX / config.cluster * config.cluster;
+  return {dim3(static_cast<unsigned>(std::min<int64_t>(ctas, most))), config.threads, config.shared_bytes, config.cluster};
+}
+
+}  // namespace rows

@@ -1,0 +1,17 @@
+// Bugs that tests plant, to see them caught; kernels are compiled without one.
+#pragma once
+
+namespace rows {
+
+enum class Bug {
+  None,
+  NoBarrier,      // warps' totals are read before all are written
+  OneRound,       // the next reduction overwrites totals that are still being read
+  NoClusterSync,  // CTAs' totals are read before all are written
+  OwnTotals,      // a CTA hands its total to itself alone
+  LastRowOnly,    // dweight and dbias are those of a CTA's last row
+  OneGroup,       // dweight and dbias leave out all but the first of the rows that a CTA has at once
+  UnsharedKeep,   // a chunk is kept where another thread keeps one
+};
+
+}  // namespace rows

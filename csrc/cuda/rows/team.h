@@ -1,0 +1,111 @@
+// The threads that share a row: 8 to 512 of one CTA, or the CTAs of a cluster; and the reduction of one value per thread.
+//
+// V is a struct of FIELDS floats `field` and merge(lower, upper). Merging is ordered by thread, so that every thread of
+// the row gets the same bits. Lanes by shuffles; warps through shared memory; CTAs through one another's shared memory.
+#pragma once
+#include <params_rows.h>
+#include <ptx/cluster.h>
+#include <ptx/named_barrier.h>
+#include <ptx/shared.h>
+#include <ptx/warp.h>
+#include <rows/planted_bug.h>
+
+namespace rows {
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool HAS_CLUSTERS = false;
+#else
+constexpr bool HAS_CLUSTERS = true;
+#endif
+
+constexpr int MAX_THREADS = 512, MAX_WARPS = MAX_THREADS / 32, MAX_CLUSTER = 8;
+constexpr int SLOT = 16;                                             // bytes: FIELDS <= 4
+constexpr int REDUCTION_BYTES = 2 * (MAX_WARPS + MAX_CLUSTER) * SLOT;  // two rounds, which take turns
+
+template <Bug BUG> struct Team {
+  int threads;        // of this CTA that share a row
+  int thread;         // this one's number among them
+  int group;          // which of the CTA's rows
+  int groups;         // how many rows the CTA has at once
+  int cluster, rank;  // CTAs that share a row, and this one's number
+  uint32_t slots;     // shared memory
+  uint32_t round = 0;
+
+  __device__ __forceinline__ explicit Team(const Walk& walk)
+      : threads(walk.threads_per_row), thread(threadIdx.x % threads), group(threadIdx.x / threads),
+        groups(blockDim.x / threads), cluster(1), rank(0), slots(ptx::dynamic_shared()) {
+    if constexpr (HAS_CLUSTERS) {
+      cluster = walk.cluster;
+      if (cluster > 1) {
+        rank = ptx::cluster_rank();
+        ptx::cluster_sync();  // every CTA has begun: its shared memory may be written
+      }
+    }
+  }
+
+  // A pack's number within a row is (chunk · PACKS + v) · width() + place().
+  __device__ __forceinline__ int place() const { return rank * threads + thread; }
+  __device__ __forceinline__ int width() const { return cluster * threads; }
+  __device__ __forceinline__ int64_t first_row() const { return int64_t(blockIdx.x / cluster) * groups; }
+  __device__ __forceinline__ int64_t row_step() const { return int64_t(gridDim.x / cluster) * groups; }
+
+  template <class V> __device__ __forceinline__ V reduce(V v) {
+    v = butterfly(v, threads < 32 ? threads : 32);
+    if (threads <= 32) return v;
+    const int warp = thread / 32, lane = thread % 32, warps = threads / 32;
+    const uint32_t turn = slots + round * (MAX_WARPS + MAX_CLUSTER) * SLOT;
+    if constexpr (BUG != Bug::OneRound) round ^= 1;  // what this round reads, the next one does not write
+    const uint32_t mine = turn + group * warps * SLOT;
+    if (lane == 0) write(mine + warp * SLOT, v);
+    if constexpr (BUG != Bug::NoBarrier) ptx::barrier_sync(1 + group, threads);
+    v = butterfly(read<V>(mine + lane % warps * SLOT), warps);
+    if constexpr (HAS_CLUSTERS) {
+      if (cluster > 1) {
+        const uint32_t totals = turn + MAX_WARPS * SLOT;
+        if (thread < cluster) {
+#pragma unroll
+          for (int f = 0; f < V::FIELDS; ++f)
+            ptx::st_shared_cluster(totals + rank * SLOT + 4 * f, BUG == Bug::OwnTotals ? rank : thread, v.field[f]);
+        }
+        if constexpr (BUG != Bug::NoClusterSync) ptx::cluster_sync();
+        v = butterfly(read<V>(totals + lane % cluster * SLOT), cluster);
+      }
+    }
+    return v;
+  }
+
+ private:
+  // Of `lanes` neighbouring lanes, a power of two, each gets the merged value of all.
+  template <class V> __device__ __forceinline__ static V butterfly(V v, int lanes) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int mask = 1; mask < 32; mask *= 2) {
+      if (mask >= lanes) break;
+      V other;
+#pragma unroll
+      for (int f = 0; f < V::FIELDS; ++f) other.field[f] = ptx::shuffle_xor(v.field[f], mask);
+      const bool upper = lane & mask;
+      V first, second;
+#pragma unroll
+      for (int f = 0; f < V::FIELDS; ++f) {
+        first.field[f] = upper ? other.field[f] : v.field[f];
+        second.field[f] = upper ? v.field[f] : other.field[f];
+      }
+      v = V::merge(first, second);
+    }
+    return v;
+  }
+
+  template <class V> __device__ __forceinline__ static void write(uint32_t slot, const V& v) {
+#pragma unroll
+    for (int f = 0; f < V::FIELDS; ++f) ptx::st_shared(slot + 4 * f, v.field[f]);
+  }
+  template <class V> __device__ __forceinline__ static V read(uint32_t slot) {
+    V v;
+#pragma unroll
+    for (int f = 0; f < V::FIELDS; ++f) v.field[f] = ptx::ld_shared<float>(slot + 4 * f);
+    return v;
+  }
+};
+
+}  // namespace rows

@@ -51,4 +51,11 @@ FASTATTN_APPROXIMATE(rsqrt_approx, "rsqrt.approx.ftz.f32")   // 1 / √x
 FASTATTN_APPROXIMATE(tanh_approx, "tanh.approx.f32")
 #undef FASTATTN_APPROXIMATE
 
+// The larger; NaN if either is (fmaxf ignores one).
+__device__ __forceinline__ float max_nan(float x, float y) {
+  float z;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+  return z;
+}
+
 }  // namespace ptx

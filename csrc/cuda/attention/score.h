@@ -1,0 +1,45 @@
+// What happens to a logit between the matrix product and the softmax.
+//
+//   s = q·k · scale                                    a plain score: the factor of exp2 does it
+//   s = softcap · tanh(q·k · scale / softcap)          and any scale <= 0: done on the logits, before the mask
+//
+// p = exp2(factor · (s - row_max)) needs a factor > 0: with a negative one the row maximum would be the minimum, and with
+// 0 the -inf of a masked entry would become a NaN.
+#pragma once
+#include <ptx/language.h>
+#include <ptx/numeric.h>
+
+namespace attention {
+
+struct Score {
+  float factor;     // exp2's
+  int transformed;  // 0: logits are used as they are
+  float inner;      // softcap: 2·log2(e)·scale / softcap; otherwise the scale
+  float softcap;    // 0: none
+};
+
+constexpr float LOG2_E = 1.4426950408889634f;
+constexpr float LN_2 = 0.6931471805599453f;
+
+inline Score make_score(float scale, float softcap) {
+  constexpr float SMALLEST = 1e-30f;  // below it, factor · s may be flushed to 0
+  if (softcap > 0) return {LOG2_E, 1, 2 * LOG2_E * scale / softcap, softcap};
+  if (scale < SMALLEST) return {LOG2_E, 1, scale, 0};
+  return {scale * LOG2_E, 0, 1, 0};
+}
+
+// c·tanh(x / c) = c - 2c / (1 + exp2(2·log2(e)·x / c)), to 2^-23 of c (tanh.approx: 2^-11)
+__device__ __forceinline__ float apply_score(float s, const Score& score) {
+  const float x = s * score.inner;
+  if (score.softcap == 0) return x;
+  return score.softcap - 2 * score.softcap * ptx::rcp_approx(1 + ptx::exp2_approx(x));
+}
+
+template <int N>
+__device__ __forceinline__ void apply_score(float (&s)[N], const Score& score) {
+  if (!score.transformed) return;
+#pragma unroll
+  for (int i = 0; i < N; i++) s[i] = apply_score(s[i], score);
+}
+
+}  // namespace attention

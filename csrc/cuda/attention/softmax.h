@@ -1,0 +1,79 @@
+// The online softmax of a thread's two rows; every case of a maximum of -inf is handled here.
+//
+//   p = exp2(factor · (s - row_max));   row_sum = Σ p;   what was summed before is multiplied by `rescale`
+//
+// Lazily: row_max may lag behind by up to LAZY / factor, so that p <= 2^LAZY and the sums need no rescaling; most tiles
+// after the first raise no maximum that far. o / row_sum and row_max + log row_sum do not depend on row_max.
+#pragma once
+#include <attention/exp2.h>
+#include <attention/fragment.h>
+#include <attention/score.h>
+#include <ptx/warp.h>
+
+#include <cmath>
+
+namespace attention {
+
+__device__ __forceinline__ float finite_max(float row_max) { return row_max == -INFINITY ? 0.0f : row_max; }
+
+__device__ __forceinline__ float quad_max(float x) {
+  x = fmaxf(x, ptx::shuffle_xor(x, 1));
+  return fmaxf(x, ptx::shuffle_xor(x, 2));
+}
+
+__device__ __forceinline__ float quad_sum(float x) {
+  x += ptx::shuffle_xor(x, 1);
+  return x + ptx::shuffle_xor(x, 2);
+}
+
+// LAZY: how far, in log2, a maximum may lag behind; 0: not at all.
+template <int LAZY, int POLYNOMIAL_EIGHTHS, int POLYNOMIAL_DEGREE>
+struct OnlineSoftmax {
+  float factor;
+  float row_max[2] = {-INFINITY, -INFINITY};
+  float row_sum[2] = {0, 0};  // of this thread's columns alone until `finish`
+  float rescale[2] = {1, 1};
+
+  // s becomes p; returns whether there is anything to rescale, the same in all lanes of a warp.
+  template <int N>
+  __device__ __forceinline__ bool update(float (&s)[N]) {
+    float new_max[2] = {row_max[0], row_max[1]};
+#pragma unroll
+    for (int i = 0; i < N; i++) new_max[row_half(i)] = fmaxf(new_max[row_half(i)], s[i]);
+    bool grown = true;
+#pragma unroll
+    for (int r = 0; r < 2; r++) new_max[r] = quad_max(new_max[r]);
+    if constexpr (LAZY > 0) {
+      const bool far = (new_max[0] - row_max[0]) * factor > LAZY || (new_max[1] - row_max[1]) * factor > LAZY;
+      grown = ptx::ballot(far) != 0;
+    }
+    if (grown) {
+#pragma unroll
+      for (int r = 0; r < 2; r++) {
+        rescale[r] = ptx::exp2_approx(row_max[r] * factor - finite_max(new_max[r]) * factor);
+        row_max[r] = new_max[r];
+        row_sum[r] *= rescale[r];
+      }
+    }
+    const float offset[2] = {finite_max(row_max[0]) * factor, finite_max(row_max[1]) * factor};
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+      s[i] = exp2_shared_out<POLYNOMIAL_EIGHTHS, POLYNOMIAL_DEGREE>(s[i] * factor - offset[row_half(i)], i);
+      row_sum[row_half(i)] += s[i];
+    }
+    return grown;
+  }
+
+  // -> (1 / row_sum, lse), lse = row_max + log row_sum; a row that saw nothing has 0 and -inf.
+  __device__ __forceinline__ void finish(float (&normaliser)[2], float (&lse)[2]) {
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      const float sum = quad_sum(row_sum[r]);
+      const bool empty = sum == 0;
+      normaliser[r] = empty ? 0.0f : 1 / sum;
+      lse[r] = empty ? -INFINITY : (row_max[r] * factor + ptx::log2_approx(sum)) * LN_2;
+    }
+  }
+};
+
+}  // namespace attention

@@ -42,7 +42,7 @@ gpu:
 	PYTHONPATH=$(CURDIR) $(PYTHON) -m benchmarks.gpu --out out/gpu --budget $(TIME_BUDGET) $(GPU_ARGS)
 
 oldest: $(OLDEST_TRITON)
-	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m fastattn inspect --check --arch sm_90
+	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m fastattn inspect --kind triton --check --arch sm_90
 
 clean:
 	rm -rf $(VENV) build dist out *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

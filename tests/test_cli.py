@@ -40,6 +40,18 @@ def test_info_shows_versions_devices_and_backends() -> None:
     assert others == ["available"] * len(others)
 
 
+def test_info_shows_native_modules_or_how_to_get_them(tmp_path: Path) -> None:
+    done = run("info", FASTATTN_CACHE=str(tmp_path / "none"))
+    assert done.returncode == 0, done.stderr
+    _, _, modules = done.stdout.partition("\nnative modules\n")
+    cuda, emulator = (line.split(maxsplit=1) for line in modules.splitlines())
+    assert cuda[0] == "cuda"
+    assert "python -m fastattn build" in cuda[1]
+    assert emulator[0] == "emulator"
+    assert "FASTATTN_EMULATE=1" in emulator[1]
+    assert not (tmp_path / "none").exists()
+
+
 def test_info_follows_the_interpreter() -> None:
     lines = run("info", TRITON_INTERPRET="1").stdout.splitlines()
     assert "  triton     available" in lines
@@ -119,6 +131,9 @@ def test_inspect_leaves_the_interpreter_by_itself(tmp_path: Path) -> None:
         ("explain cross_entropy --device cpu --shape 3 5 --softcap -1", "`softcap` is -1.0"),
         ("explain linear_cross_entropy --device cpu --z-loss -1", "`z_loss` is -1.0"),
         ("inspect --arch sm_75", "argument --arch: invalid choice: 'sm_75'"),
+        ("inspect --kind cpp", "argument --kind: invalid choice: 'cpp'"),
+        ("build --arch sm_75", "`--arch`: '75' is no architecture known here; accepted are sm_80, sm_86,"),
+        ("build --arch 90a --jobs 0", "`--jobs` is 0; it must be at least 1."),
     ],
 )
 def test_a_wrong_argument_is_a_sentence(arguments: str, sentence: str, capsys: pytest.CaptureFixture[str]) -> None:

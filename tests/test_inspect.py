@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from fastattn.backends.triton.inspection import CARDS, KIB, KernelCase, Report, count_opcodes, violations
+from fastattn.backends.triton.inspection import KernelCase
 from fastattn.cli.inspect import ARCHS
+from fastattn.inspection.binary import count_opcodes
+from fastattn.inspection.report import CARDS, KIB, Report, violations
 
 TESTS = Path(__file__).parent
 
@@ -25,7 +27,8 @@ def inspect(
 
     One test takes all of a card's reports, so that no two test workers compile the same kernels.
     """
-    command = [sys.executable, "-m", "fastattn", "inspect", "--check", "--arch", arch, "--json", str(reports), *options]
+    command = [sys.executable, "-m", "fastattn", "inspect", "--kind", "triton", "--check", "--arch", arch]
+    command += ["--json", str(reports), *options]
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment = {**inherited, "PYTHONPATH": str(TESTS), **environment}
     process = subprocess.run(command, cwd=TESTS.parent, env=environment, capture_output=True, text=True, check=False)
@@ -147,15 +150,18 @@ def test_a_few_spills_are_allowed_where_they_buy_a_resident_block() -> None:
 def test_opcodes_are_counted_by_what_they_do() -> None:
     opcodes = {"LDG.E.LTC128B.64": 1, "LDG.E.128.CONSTANT": 2, "LDGSTS.E.BYPASS.LTC128B.128": 4, "LDGDEPBAR": 8}
     opcodes |= {"STG.E.U16": 1, "STG.E.ENL2.256": 2, "STS.128": 4, "UTMASTG.2D": 8, "STL.128": 16, "LDL.LU.64": 32}
+    opcodes |= {"UTMALDG.4D.MULTICAST": 5, "STSM.16.MT88.4": 6}
     opcodes |= {"HMMA.16816.F32.BF16": 3, "HMMA.1688.F32.TF32": 2, "HGMMA.64x128x16.F32.BF16": 7, "IMAD": 9, "NOP": 99}
     assert count_opcodes(Counter(opcodes)) == {
         "tensor_core": {"HMMA": 5, "HGMMA": 7},
         "exp2": 0,
-        "loads": 7,
-        "wide_loads": 6,
+        "loads": 12,
+        "wide_loads": 11,
+        "tma_loads": 5,
         "stores": 11,
         "wide_stores": 10,
-        "instructions": 99,
+        "matrix_stores": 6,
+        "instructions": 110,
     }
     opcodes = {"buffer_load_dwordx4": 1, "global_load_dword": 2, "global_load_lds_dwordx4": 4, "s_load_dwordx8": 8}
     opcodes |= {"ds_read_b128": 1, "global_store_short": 2, "buffer_store_dwordx4": 4, "scratch_store_dwordx4": 8}
@@ -165,8 +171,10 @@ def test_opcodes_are_counted_by_what_they_do() -> None:
         "exp2": 3,
         "loads": 7,
         "wide_loads": 5,
+        "tma_loads": 0,
         "stores": 6,
         "wide_stores": 4,
+        "matrix_stores": 0,
         "instructions": 38,
     }
 

@@ -21,6 +21,8 @@ TRITON = "fastattn.backends.triton"
 # that fits a module counts. A name with =, on either side, is that module alone, without what lies below it.
 ALLOWED: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(BOTTOM, ()),
+    "fastattn.native": (),
+    "fastattn.inspection": ("fastattn.native",),
     "fastattn.reference": ("fastattn.spec",),
     "=fastattn.backends": (
         "=fastattn.backends.cuda",
@@ -39,7 +41,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "fastattn.tracing",
     ),
     "fastattn.backends.cuda": ("=fastattn.native", "fastattn.spec"),
-    TRITON: ("fastattn.errors", "fastattn.spec", "triton"),
+    TRITON: ("fastattn.errors", "fastattn.inspection", "fastattn.spec", "triton"),
     f"{TRITON}.blocks": (f"={TRITON}", "fastattn.spec", "triton"),
     "fastattn.ops": ("=fastattn.backends", *BOTTOM),
     "fastattn.autograd": ("fastattn.ops",),
@@ -51,6 +53,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "=fastattn.backends",
         *(f"{TRITON}.{name}" for name in ("configs", "inspection", "tuning")),
         "fastattn.errors",
+        "fastattn.inspection",
+        "fastattn.native",
         "fastattn.verification",
         "triton",
     ),

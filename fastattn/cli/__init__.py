@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from fastattn.cli import bench, explain, info, inspect, tune, verify
+from fastattn.cli import bench, build, explain, info, inspect, tune, verify
 from fastattn.errors import FastattnError
 
 
@@ -15,7 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser("python -m fastattn", description="What fastattn would run here, and how well.")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (info, explain, verify, inspect, bench, tune):
+    for command in (info, explain, verify, build, inspect, bench, tune):
         command.add_parser(subparsers)
     try:
         if argv[:1] == ["bench"]:  # a suite with commands of its own

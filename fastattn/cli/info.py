@@ -10,7 +10,8 @@ from collections.abc import Iterator
 import torch
 
 import fastattn
-from fastattn import backends
+from fastattn import backends, native
+from fastattn.native.errors import BuildFailed, UnsafeCache
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -26,7 +27,29 @@ def run(args: argparse.Namespace) -> int:
         for name in backends.ORDER:
             why = backends.get(name).available(device)
             print(f"  {name:<10} {'available' if why is None else f'not available: {why}'}")
+    print("\nnative modules")
+    for name, description in native_modules():
+        print(f"  {name:<10} {description}")
     return 0
+
+
+def native_modules() -> Iterator[tuple[str, str]]:
+    """Each module that is compiled apart: for what and where it is, or how to get it."""
+    missing = {
+        "cuda": native.why_not(),
+        "emulator": native.why_no_emulator() or "not compiled; FASTATTN_EMULATE=1 does that with the first kernel",
+    }
+    for target, why in missing.items():
+        try:
+            built = native.built(target)
+        except (BuildFailed, UnsafeCache) as error:
+            yield target, str(error)
+            continue
+        if not built:
+            yield target, f"not there: {why}"
+        for module in built:
+            archs = f"for {', '.join(module.archs)} " if module.archs else ""
+            yield target, f"compiled {archs}by {module.compiler}: {module.path}"
 
 
 def versions() -> Iterator[tuple[str, str]]:

@@ -19,7 +19,7 @@ from .errors import BuildFailed, NativeMissing, ToolMissing, UnsafeCache
 if TYPE_CHECKING:
     from .cache import Built
 
-__all__ = ["NativeMissing", "forget", "load", "load_emulator", "why_no_emulator", "why_not"]
+__all__ = ["NativeMissing", "built", "forget", "load", "load_emulator", "why_no_emulator", "why_not"]
 
 PACKAGE = Path(__file__).resolve().parent.parent
 HOW = "`python -m fastattn build` compiles it, given nvcc"
@@ -39,10 +39,12 @@ def why_not(capability: tuple[int, int] | None = None) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def where(capability: tuple[int, int] | None = None) -> Built | None:
-    """The module that `load` would load."""
-    found = _find(capability)
-    return None if isinstance(found, str) else found
+def built(target: str) -> list[Built]:
+    """The modules of "cuda" or "emulator" that fit these sources and this Python, the one to take first."""
+    from . import plan, toolchain
+
+    current, abi = plan.digest(plan.read_sources(plan.csrc(), plan.PATTERNS[target])), toolchain.abi()
+    return [module for module in _there(target) if module.sources == current and module.abi == abi]
 
 
 def load_emulator() -> ModuleType:
@@ -57,7 +59,7 @@ def why_no_emulator() -> str | None:
     try:
         plan.emulator()
     except (BuildFailed, ToolMissing) as error:
-        return str(error)
+        return str(error).rstrip(".")
     return None
 
 
@@ -69,26 +71,33 @@ def forget() -> None:
 
 @functools.cache
 def _find(capability: tuple[int, int] | None) -> Built | str:
-    from . import archs, cache, plan, toolchain
+    from . import archs
 
+    if capability is not None and capability < (8, 0):
+        return f"its kernels are for compute capability 8.0 and newer, this GPU has {capability[0]}.{capability[1]}"
     try:
-        current = plan.digest(plan.read_sources(plan.csrc(), plan.PATTERNS["cuda"]))
-        installed = cache.read_manifest(PACKAGE / "_cuda.json")
-        found = [*([installed] if installed else []), *cache.published("cuda")]
+        fitting = built("cuda")
+        for module in fitting:
+            if capability is None or archs.covers(module.archs, capability):
+                return module
+        if fitting:
+            there = ", ".join(fitting[0].archs)
+            return f"it is compiled for {there}, not for this GPU; `python -m fastattn build` does that"
+        if _there("cuda"):
+            return (
+                "it was compiled from other sources, or for another Python; `python -m fastattn build` does it afresh"
+            )
     except (BuildFailed, UnsafeCache) as error:
-        return str(error)
-    abi = toolchain.abi()
-    fitting = [built for built in found if built.abi == abi and built.sources == current]
-    for built in fitting:
-        if capability is None or archs.covers(built.archs, capability):
-            return built
-    if fitting:
-        return (
-            f"it is compiled for {', '.join(fitting[0].archs)}, not for this GPU; `python -m fastattn build` does that"
-        )
-    if any(built.abi == abi for built in found):
-        return f"it was compiled from other sources than those that are here; {HOW} again"
+        return str(error).rstrip(".")
     return f"it is not compiled for this machine; {HOW}"
+
+
+def _there(target: str) -> list[Built]:
+    """Every module of a target, whether it fits or not: that of the wheel, then those of the cache."""
+    from . import cache
+
+    installed = cache.read_manifest(PACKAGE / f"_{target}.json")
+    return [*([installed] if installed else []), *cache.published(target)]
 
 
 @functools.cache

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -33,7 +33,7 @@ GXX_LINK = ("-shared", "-pthread")
 def csrc() -> Path:
     """The sources: inside the package when installed, beside it in a checkout."""
     for folder in (PACKAGE / "csrc", PACKAGE.parent / "csrc"):
-        if (folder / "bindings_cuda.cpp").is_file():
+        if (folder / "cuda/launch.h").is_file():
             return folder
     raise BuildFailed(f"the C++ sources are missing: neither {PACKAGE / 'csrc'} nor {PACKAGE.parent / 'csrc'} has them")
 
@@ -104,7 +104,7 @@ class Plan:
 
     @functools.cached_property
     def workplace_key(self) -> str:
-        """Of all but the sources: builds that differ only in those share a folder, and so their unchanged objects."""
+        """Of compilers, architectures and ABI: builds that differ in nothing else share a folder, and its objects."""
         return self._hash([self.compilers, self.link, self.archs, self.abi])
 
     @functools.cached_property
@@ -128,11 +128,16 @@ class Plan:
 
 
 def _python_flags() -> tuple[str, ...]:
-    return ("-isystem", str(toolchain.find_pybind11()), "-isystem", str(toolchain.python_include()))
+    # The version is in the command, so that another pybind11 in the same place is compiled against afresh.
+    version = f"-DFASTATTN_PYBIND11={toolchain.pybind11_version()}"
+    return (version, "-isystem", str(toolchain.find_pybind11()), "-isystem", str(toolchain.python_include()))
 
 
-def cuda(archs: Sequence[str], folder: Path | None = None) -> Plan:
-    """fastattn._cuda for some architectures; Hopper's kernels only if sm_90a is among them."""
+def cuda(archs: Sequence[str], folder: Path | None = None, bindings: bool = True) -> Plan:
+    """fastattn._cuda for some architectures; Hopper's kernels only if sm_90a is among them.
+
+    Without bindings, the kernels alone, which need neither pybind11 nor Python's headers.
+    """
     nvcc, gxx = toolchain.find_nvcc(), toolchain.find_gxx()
     for arch in archs:
         if arch not in (able := nvcc.architectures()):
@@ -141,12 +146,12 @@ def cuda(archs: Sequence[str], folder: Path | None = None) -> Plan:
     sources = read_sources(folder or csrc(), CUDA_FILES)
     hopper = select(list(sources), HOPPER_SOURCES)
     start = (str(nvcc.path), *gxx.for_nvcc(), *NVCC_FLAGS)
+    python = _python_flags() if bindings else ()
 
     def units() -> Iterator[Unit]:
         for name in sources:
-            if name.endswith(".cpp"):
-                define = f"-DFASTATTN_SM90={int(architectures.HOPPER in archs)}"
-                yield Unit(name, (*start, define, *_python_flags()))
+            if name.endswith(".cpp") and bindings:
+                yield Unit(name, (*start, f"-DFASTATTN_SM90={int(architectures.HOPPER in archs)}", *python))
             elif name.endswith(".cu"):
                 own = [arch for arch in archs if name not in hopper or arch == architectures.HOPPER]
                 generate = [f"-gencode=arch={arch.replace('sm', 'compute')},code={arch}" for arch in own]
@@ -160,7 +165,7 @@ def cuda(archs: Sequence[str], folder: Path | None = None) -> Plan:
         sources=sources,
         units=tuple(units()),
         link=(str(nvcc.path), *gxx.for_nvcc(), *NVCC_LINK, *libraries),
-        compilers=(nvcc.version, gxx.version, toolchain.pybind11_version()),
+        compilers=(nvcc.version, gxx.version),
         compiler=f"nvcc {nvcc.short_version()}",
         archs=tuple(archs),
     )
@@ -185,10 +190,9 @@ def emulator(folder: Path | None = None) -> Plan:
         sources=sources,
         units=tuple(units()),
         link=(*gxx.command, *GXX_LINK),
-        compilers=(gxx.version, toolchain.pybind11_version()),
+        compilers=(gxx.version,),
         compiler=gxx.version.partition("\n")[0],
     )
 
 
 PATTERNS = {"cuda": CUDA_FILES, "emulator": EMULATOR_FILES}
-MAKE: dict[str, Callable[..., Plan]] = {"cuda": cuda, "emulator": emulator}

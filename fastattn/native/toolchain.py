@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from .errors import BuildFailed, ToolMissing
 
+SYSTEM_NVCC = Path("/usr/local/cuda/bin/nvcc")
 NVCC_HOW = (
     "It comes with the CUDA toolkit (https://developer.nvidia.com/cuda-downloads), from conda "
     "(`conda install -c nvidia cuda-nvcc cuda-cudart-static`) or from PyPI "
@@ -55,10 +57,10 @@ def find_nvcc() -> Nvcc:
                 return Nvcc(path, _wheel_libraries(path))
     if found := shutil.which("nvcc"):
         return Nvcc(Path(found), _wheel_libraries(Path(found)))
-    for path in (Path("/usr/local/cuda/bin/nvcc"), *_wheel_nvccs()):
+    for path in (SYSTEM_NVCC, *_wheel_nvccs()):
         if _is_program(path):
             return Nvcc(path, _wheel_libraries(path))
-    places = ", ".join((*tried, "PATH", "/usr/local/cuda", "Python's installed packages"))
+    places = ", ".join((*tried, "PATH", str(SYSTEM_NVCC.parent.parent), "Python's installed packages"))
     raise ToolMissing(f"nvcc, NVIDIA's compiler, is missing: it is not in {places}. {NVCC_HOW}")
 
 
@@ -125,9 +127,10 @@ def find_pybind11() -> Path:
 
 
 def pybind11_version() -> str:
-    """Text that changes with pybind11: its own header of version numbers."""
+    """The digits of its version, from its own header."""
     header = find_pybind11() / "pybind11/detail/common.h"
-    return "\n".join(line for line in header.read_text().splitlines() if "define PYBIND11_VERSION" in line)
+    numbers = re.findall(r"define PYBIND11_VERSION_(?:MAJOR|MINOR|MICRO|PATCH)\s+(\w+)", header.read_text())
+    return ".".join(numbers)
 
 
 def python_include() -> Path:

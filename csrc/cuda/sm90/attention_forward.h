@@ -118,10 +118,11 @@ __device__ __forceinline__ void consume(const ForwardArguments& p, const SharedL
     tile_ring.wait_full();
     // The tile stays in shared memory until its end and is read again where it is needed: registers are short.
     const auto tile = [&] { return attention::announced_tile(shared.tile(tile_ring.at.stage)); };
-    if (!tile().valid) break;
+    if (!uniform(tile().valid)) break;
     q_ring.at.parity = tile_ring.at.stage;
     v_ring.at = k_ring.at;  // as many V as K have gone by
-    const KeyBlocks blocks = attention::key_blocks<C.BLOCK_M, C.BLOCK_N>(tile(), p.log2_P, window_of(tile(), p));
+    const KeyBlocks n_of = attention::key_blocks<C.BLOCK_M, C.BLOCK_N>(tile(), p.log2_P, window_of(tile(), p));
+    const KeyBlocks blocks = {uniform(n_of.min), uniform(n_of.left), uniform(n_of.right), uniform(n_of.max)};
 
     attention::OnlineSoftmax<C.LAZY_RESCALE, C.POLYNOMIAL_EIGHTHS, C.POLYNOMIAL_DEGREE> softmax{p.score.factor};
     float s[C.BLOCK_N / 2];                 // S (64, BLOCK_N)
@@ -146,7 +147,7 @@ __device__ __forceinline__ void consume(const ForwardArguments& p, const SharedL
       k_ring.wait_full();
       turns.begin();
       ptx::wgmma_fence();
-      issue_scores<T, Config, Planted>(s, q_tile, shared.k(k_ring.at.stage));
+      issue_scores<T, Config, Planted>(s, q_tile, shared.k(uniform(k_ring.at.stage)));
       turns.end();
       ptx::wgmma_wait<0>(s);
       k_ring.release(cluster);
@@ -162,11 +163,11 @@ __device__ __forceinline__ void consume(const ForwardArguments& p, const SharedL
       if (!Planted::has(Bug::NoKeyFullWait)) k_ring.wait_full(Planted::has(Bug::WrongParity));
       turns.begin();
       if (!Planted::has(Bug::NoWgmmaFence)) ptx::wgmma_fence();
-      issue_scores<T, Config, Planted>(s, q_tile, shared.k(k_ring.at.stage));
+      issue_scores<T, Config, Planted>(s, q_tile, shared.k(uniform(k_ring.at.stage)));
       if (Planted::has(Bug::EarlyKeyRelease)) k_ring.release(cluster);
       if (!Planted::has(Bug::NoValueFullWait)) v_ring.wait_full();
       ptx::wgmma_fence();
-      issue_output<T, Config, Planted>(o, probabilities, shared.v(v_ring.at.stage));
+      issue_output<T, Config, Planted>(o, probabilities, shared.v(uniform(v_ring.at.stage)));
       if (Planted::has(Bug::EarlyValueRelease)) v_ring.release(cluster);
       turns.end();
 
@@ -193,7 +194,7 @@ __device__ __forceinline__ void consume(const ForwardArguments& p, const SharedL
     if (blocks.max > blocks.min) {
       v_ring.wait_full();
       ptx::wgmma_fence();
-      issue_output<T, Config, Planted>(o, probabilities, shared.v(v_ring.at.stage));
+      issue_output<T, Config, Planted>(o, probabilities, shared.v(uniform(v_ring.at.stage)));
       ptx::wgmma_wait<0>(o, probabilities);
       v_ring.release(cluster);
       v_ring.at.advance();
@@ -236,7 +237,7 @@ __global__ void __launch_bounds__(Config::value.threads(), 1)
   constexpr AttentionConfig C = Config::value;
   static_assert(C.illegal() == nullptr, "see AttentionConfig::illegal");
   const SharedLayout<Config> shared;
-  const int warpgroup = threadIdx.x / 128;
+  const int warpgroup = uniform(threadIdx.x / 128);
 
   if (threadIdx.x == 0) {
     constexpr int WARPS = 4 * C.consumers();

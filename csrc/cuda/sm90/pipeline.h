@@ -8,6 +8,9 @@ namespace sm90 {
 
 constexpr uint32_t BARRIER_BYTES = 8;
 
+// v, the same in all lanes, in a form that the compiler knows to be so: what depends on it goes to uniform registers.
+__device__ __forceinline__ int uniform(int v) { return ptx::shuffle(v, 0); }
+
 // Where a ring is: a stage, and the parity of its use.
 template <int STAGES>
 struct RingPosition {

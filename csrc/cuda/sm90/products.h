@@ -10,6 +10,11 @@
 
 namespace sm90 {
 
+// The descriptor of what is `bytes` further on; the address has no carry out of the lower half.
+__device__ __forceinline__ uint64_t further(uint64_t descriptor, uint32_t bytes) {
+  return (descriptor & 0xffffffff00000000) | (static_cast<uint32_t>(descriptor) + bytes / 16);
+}
+
 // s (64, BLOCK_N) = q (64, D) · kᵀ
 template <class T, class Config, class Planted, int N>
 __device__ __forceinline__ void issue_scores(float (&s)[N], uint32_t q, uint32_t k) {
@@ -21,8 +26,8 @@ __device__ __forceinline__ void issue_scores(float (&s)[N], uint32_t q, uint32_t
 #pragma unroll
   for (int i = 0; i < C.D / 16; i++) {
     const uint32_t panel = i / STEPS, column = i % STEPS * 32;  // bytes
-    ptx::wgmma_ss<T, 0, 0>(s, q_rows + (panel * 64 * WIDTH + column) / 16,
-                           k_rows + (panel * C.BLOCK_N * WIDTH + column) / 16, i != 0);
+    ptx::wgmma_ss<T, 0, 0>(s, further(q_rows, panel * 64 * WIDTH + column),
+                           further(k_rows, panel * C.BLOCK_N * WIDTH + column), i != 0);
   }
   ptx::wgmma_commit();
 }
@@ -36,7 +41,7 @@ __device__ __forceinline__ void issue_output(float (&o)[N], const uint32_t (&p)[
   const uint32_t panels = Planted::has(Bug::WrongValueStride) ? 8 * WIDTH : C.BLOCK_N * WIDTH;
   const uint64_t v_rows = ptx::descriptor(v, panels, 8 * WIDTH, Panels::SWIZZLE);
 #pragma unroll
-  for (int i = 0; i < C.BLOCK_N / 16; i++) ptx::wgmma_rs<T, 1>(o, p + 4 * i, v_rows + i * 16 * WIDTH / 16, 1);
+  for (int i = 0; i < C.BLOCK_N / 16; i++) ptx::wgmma_rs<T, 1>(o, p + 4 * i, further(v_rows, i * 16 * WIDTH), 1);
   ptx::wgmma_commit();
 }
 

@@ -25,11 +25,25 @@ FASTATTN_INLINE Vec exp2(Vec x) {
   return scale_by_power(exp2_fraction(x - n), n);
 }
 
-// 2^x of a relative error of 1e-4, less than a rounding to bf16
-FASTATTN_INLINE Vec exp2_coarse(Vec x) {
+// 2^x for x ≤ 0, as in a softmax: exactly 0 for -inf, NaN for NaN. COARSE: of a relative error of 1e-4, less than a
+// rounding to bf16. Without AVX-512, what is below 2^-126 is 0.
+template <bool COARSE>
+FASTATTN_INLINE Vec exp2_softmax(Vec x) {
+#if defined(__AVX512F__)
   x = max(broadcast(-200.f), x);
-  const Vec n = round_even(x);
-  return scale_by_power(polynomial(x - n, 5.500874572e-2f, 2.422107565e-1f, 6.932829248e-1f, 1.f), n);
+  const Vec n = round_even(x), f = x - n;
+#else
+  const Int tiny = x < broadcast(-126.f);
+  x = max(broadcast(-126.f), x);
+  const Vec shifted = x + broadcast(12582912.f), f = x - (shifted - broadcast(12582912.f));
+  const Vec power = as_float((as_int(shifted) << 23) + as_int(broadcast(1.f)));
+#endif
+  const Vec p = COARSE ? polynomial(f, 5.500874572e-2f, 2.422107565e-1f, 6.932829248e-1f, 1.f) : exp2_fraction(f);
+#if defined(__AVX512F__)
+  return scale_by_power(p, n);
+#else
+  return zero_unless(~tiny, p * power);
+#endif
 }
 
 // e^x = 2^n e^r, with r = x - n ln 2 in two parts

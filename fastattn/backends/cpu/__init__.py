@@ -1,0 +1,55 @@
+"""Kernels in C++ for CPU tensors (csrc/cpu), for every instruction set, chosen when they run.
+
+The native module is loaded with the first kernel that runs, not with fastattn.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastattn.spec import (
+    AttentionInputs,
+    AttentionSpec,
+    Spec,
+)
+
+NAME = "cpu"
+COMPOSITE = False
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def available(device: torch.device) -> str | None:
+    if device.type != "cpu":
+        return f"its kernels are for CPU tensors, not for device {device.type!r}"
+    from fastattn.backends.cpu import module
+
+    return module.why_not()
+
+
+available._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def unsupported(spec: Spec, device: torch.device) -> str | None:
+    if spec.dtype not in _DTYPES:
+        return f"dtype {_name(spec.dtype)} (it has float16, bfloat16 and float32)"
+    if isinstance(spec, AttentionSpec):
+        return None
+    return "nothing but attention yet"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def describe(spec: Spec, device: torch.device) -> str:
+    from fastattn.backends.cpu import module
+
+    return f"{module.load().isa()}, {module.threads()} threads"
+
+
+def attention_forward(o: Tensor, lse: Tensor, x: AttentionInputs, spec: AttentionSpec) -> None:
+    from fastattn.backends.cpu import attention
+
+    attention.attention_forward(o, lse, x, spec)

@@ -18,8 +18,8 @@ using TensorMapEncoder = decltype(&cuTensorMapEncodeTiled);
 inline TensorMapEncoder tensor_map_encoder() {
   void* function = nullptr;
   cudaDriverEntryPointQueryResult found{};
-  const cudaError_t status = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
-                                                              cudaEnableDefault, &found);
+  const cudaError_t status =
+      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
   if (status != cudaSuccess)
     throw std::runtime_error(std::string("cannot encode a tensor map: ") + cudaGetErrorString(status));
   if (found != cudaDriverEntryPointSuccess)

@@ -14,70 +14,50 @@ enum class L2Hint : uint64_t {
   EvictLast = 0x14F0000000000000,
 };
 
-// COORDS: the brace list of coordinate operands, the first of them %FIRST = 4 (load), 5 (multicast), 2 (store).
-#define FASTATTN_TMA_LOAD(RANK, PARAMETERS, COORDS, ...)                                                               \
-  __device__ __forceinline__ void tma_load(uint32_t dst, const TensorMap* map, uint32_t bar, PARAMETERS,               \
-                                           L2Hint hint = L2Hint::None) {                                               \
-    if (hint == L2Hint::None)                                                                                          \
-      asm volatile("cp.async.bulk.tensor." RANK "d.shared::cluster.global.mbarrier::complete_tx::bytes"                \
-                   " [%0], [%1, " COORDS "], [%2];"                                                                    \
-                   ::"r"(dst), "l"(map), "r"(bar), "n"(0), __VA_ARGS__ : "memory");                                    \
-    else                                                                                                               \
-      asm volatile("cp.async.bulk.tensor." RANK "d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint" \
-                   " [%0], [%1, " COORDS "], [%2], %3;"                                                                \
-                   ::"r"(dst), "l"(map), "r"(bar), "l"(static_cast<uint64_t>(hint)), __VA_ARGS__ : "memory");          \
+#define FASTATTN_R2 "r"(c0), "r"(c1)
+#define FASTATTN_R3 FASTATTN_R2, "r"(c2)
+#define FASTATTN_R4 FASTATTN_R3, "r"(c3)
+#define FASTATTN_R5 FASTATTN_R4, "r"(c4)
+
+// LOAD, MULTICAST, STORE: the operands that are the coordinates; then the parameters they come from.
+// A multicast box and its bytes go to `dst` and `bar` of every CTA of the cluster whose bit is set in `cta_mask`.
+#define FASTATTN_TMA(RANK, LOAD, MULTICAST, STORE, ...)                                                            \
+  __device__ __forceinline__ void tma_load(uint32_t dst, const TensorMap* map, uint32_t bar, __VA_ARGS__,          \
+                                           L2Hint hint = L2Hint::None) {                                           \
+    if (hint == L2Hint::None)                                                                                      \
+      asm volatile("cp.async.bulk.tensor." #RANK "d.shared::cluster.global.mbarrier::complete_tx::bytes"           \
+                   " [%0], [%1, {" LOAD "}], [%2];"                                                                \
+                   ::"r"(dst), "l"(map), "r"(bar), "n"(0), FASTATTN_R##RANK : "memory");                           \
+    else                                                                                                           \
+      asm volatile("cp.async.bulk.tensor." #RANK "d.shared::cluster.global.mbarrier::complete_tx::bytes"           \
+                   ".L2::cache_hint [%0], [%1, {" LOAD "}], [%2], %3;"                                             \
+                   ::"r"(dst), "l"(map), "r"(bar), "l"(static_cast<uint64_t>(hint)), FASTATTN_R##RANK : "memory"); \
+  }                                                                                                                \
+  __device__ __forceinline__ void tma_load_multicast(uint32_t dst, const TensorMap* map, uint32_t bar,             \
+                                                     uint16_t cta_mask, __VA_ARGS__, L2Hint hint = L2Hint::None) { \
+    if (hint == L2Hint::None)                                                                                      \
+      asm volatile("cp.async.bulk.tensor." #RANK "d.shared::cluster.global.mbarrier::complete_tx::bytes"           \
+                   ".multicast::cluster [%0], [%1, {" MULTICAST "}], [%2], %4;"                                    \
+                   ::"r"(dst), "l"(map), "r"(bar), "n"(0), "h"(cta_mask), FASTATTN_R##RANK : "memory");            \
+    else                                                                                                           \
+      asm volatile("cp.async.bulk.tensor." #RANK "d.shared::cluster.global.mbarrier::complete_tx::bytes"           \
+                   ".multicast::cluster.L2::cache_hint [%0], [%1, {" MULTICAST "}], [%2], %4, %3;"                 \
+                   ::"r"(dst), "l"(map), "r"(bar), "l"(static_cast<uint64_t>(hint)), "h"(cta_mask),                \
+                   FASTATTN_R##RANK : "memory");                                                                   \
+  }                                                                                                                \
+  __device__ __forceinline__ void tma_store(const TensorMap* map, uint32_t src, __VA_ARGS__) {                     \
+    asm volatile("cp.async.bulk.tensor." #RANK "d.global.shared::cta.bulk_group [%0, {" STORE "}], [%1];"          \
+                 ::"l"(map), "r"(src), FASTATTN_R##RANK : "memory");                                               \
   }
-
-// The box and its bytes go to `dst` and `bar` of every CTA of the cluster whose bit is set in `cta_mask`.
-#define FASTATTN_TMA_LOAD_MULTICAST(RANK, PARAMETERS, COORDS, ...)                                                     \
-  __device__ __forceinline__ void tma_load_multicast(uint32_t dst, const TensorMap* map, uint32_t bar,                 \
-                                                     uint16_t cta_mask, PARAMETERS, L2Hint hint = L2Hint::None) {      \
-    if (hint == L2Hint::None)                                                                                          \
-      asm volatile("cp.async.bulk.tensor." RANK "d.shared::cluster.global.mbarrier::complete_tx::bytes"                \
-                   ".multicast::cluster [%0], [%1, " COORDS "], [%2], %4;"                                             \
-                   ::"r"(dst), "l"(map), "r"(bar), "n"(0), "h"(cta_mask), __VA_ARGS__ : "memory");                     \
-    else                                                                                                               \
-      asm volatile("cp.async.bulk.tensor." RANK "d.shared::cluster.global.mbarrier::complete_tx::bytes"                \
-                   ".multicast::cluster.L2::cache_hint [%0], [%1, " COORDS "], [%2], %4, %3;"                          \
-                   ::"r"(dst), "l"(map), "r"(bar), "l"(static_cast<uint64_t>(hint)), "h"(cta_mask), __VA_ARGS__        \
-                   : "memory");                                                                                        \
-  }
-
-#define FASTATTN_TMA_STORE(RANK, PARAMETERS, COORDS, ...)                                                              \
-  __device__ __forceinline__ void tma_store(const TensorMap* map, uint32_t src, PARAMETERS) {                          \
-    asm volatile("cp.async.bulk.tensor." RANK "d.global.shared::cta.bulk_group [%0, " COORDS "], [%1];"                \
-                 ::"l"(map), "r"(src), __VA_ARGS__ : "memory");                                                        \
-  }
-
-#define FASTATTN_COMMA ,
-#define FASTATTN_C2 int c0 FASTATTN_COMMA int c1
-#define FASTATTN_C3 FASTATTN_C2 FASTATTN_COMMA int c2
-#define FASTATTN_C4 FASTATTN_C3 FASTATTN_COMMA int c3
-#define FASTATTN_C5 FASTATTN_C4 FASTATTN_COMMA int c4
-
-FASTATTN_TMA_LOAD("2", FASTATTN_C2, "{%4, %5}", "r"(c0), "r"(c1))
-FASTATTN_TMA_LOAD("3", FASTATTN_C3, "{%4, %5, %6}", "r"(c0), "r"(c1), "r"(c2))
-FASTATTN_TMA_LOAD("4", FASTATTN_C4, "{%4, %5, %6, %7}", "r"(c0), "r"(c1), "r"(c2), "r"(c3))
-FASTATTN_TMA_LOAD("5", FASTATTN_C5, "{%4, %5, %6, %7, %8}", "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4))
-
-FASTATTN_TMA_LOAD_MULTICAST("2", FASTATTN_C2, "{%5, %6}", "r"(c0), "r"(c1))
-FASTATTN_TMA_LOAD_MULTICAST("3", FASTATTN_C3, "{%5, %6, %7}", "r"(c0), "r"(c1), "r"(c2))
-FASTATTN_TMA_LOAD_MULTICAST("4", FASTATTN_C4, "{%5, %6, %7, %8}", "r"(c0), "r"(c1), "r"(c2), "r"(c3))
-FASTATTN_TMA_LOAD_MULTICAST("5", FASTATTN_C5, "{%5, %6, %7, %8, %9}", "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4))
-
-FASTATTN_TMA_STORE("2", FASTATTN_C2, "{%2, %3}", "r"(c0), "r"(c1))
-FASTATTN_TMA_STORE("3", FASTATTN_C3, "{%2, %3, %4}", "r"(c0), "r"(c1), "r"(c2))
-FASTATTN_TMA_STORE("4", FASTATTN_C4, "{%2, %3, %4, %5}", "r"(c0), "r"(c1), "r"(c2), "r"(c3))
-FASTATTN_TMA_STORE("5", FASTATTN_C5, "{%2, %3, %4, %5, %6}", "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4))
-
-#undef FASTATTN_TMA_LOAD
-#undef FASTATTN_TMA_LOAD_MULTICAST
-#undef FASTATTN_TMA_STORE
-#undef FASTATTN_COMMA
-#undef FASTATTN_C2
-#undef FASTATTN_C3
-#undef FASTATTN_C4
-#undef FASTATTN_C5
+FASTATTN_TMA(2, "%4, %5", "%5, %6", "%2, %3", int c0, int c1)
+FASTATTN_TMA(3, "%4, %5, %6", "%5, %6, %7", "%2, %3, %4", int c0, int c1, int c2)
+FASTATTN_TMA(4, "%4, %5, %6, %7", "%5, %6, %7, %8", "%2, %3, %4, %5", int c0, int c1, int c2, int c3)
+FASTATTN_TMA(5, "%4, %5, %6, %7, %8", "%5, %6, %7, %8, %9", "%2, %3, %4, %5, %6", int c0, int c1, int c2, int c3, int c4)
+#undef FASTATTN_TMA
+#undef FASTATTN_R2
+#undef FASTATTN_R3
+#undef FASTATTN_R4
+#undef FASTATTN_R5
 
 // global[0 … bytes/4) += shared[0 … bytes/4); both 16-byte aligned, bytes a multiple of 16. In the thread's bulk group.
 __device__ __forceinline__ void bulk_reduce_add(float* global, uint32_t src, uint32_t bytes) {

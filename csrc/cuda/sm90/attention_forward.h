@@ -50,7 +50,7 @@ __device__ __forceinline__ void load_keys(const ptx::TensorMap& map, const Ring<
 template <class Config, class Planted>
 __device__ __forceinline__ void produce(const ForwardArguments& p, const SharedLayout<Config>& shared) {
   constexpr AttentionConfig C = Config::value;
-  constexpr uint32_t PART = Planted::has(Bug::ShortExpect) ? 2 : 1;
+  const uint32_t PART = Planted::has(Bug::ShortExpect) ? 2 : 1;
   using QPanels = attention::Panels<C.D>;
   auto k_ring = shared.k_ring(), v_ring = shared.v_ring();
   auto tile_ring = shared.tile_ring();

@@ -1,0 +1,9 @@
+#include <bindings_attention.h>
+#include <sm90/attention.h>
+
+void bind_attention(pybind11::module_& m) {
+  bindings::def_attention_forward<attention_forward>(
+      m, "attention_forward", "o = softmax(f(q k^T)) v and its lse on sm_90a; see csrc/params.h.");
+  m.def("attention_forward_config", &attention_forward_config, pybind11::arg("D"), pybind11::arg("D_v"),
+        "The tile configuration for these widths, as text; '' where there is none.");
+}

@@ -16,8 +16,9 @@ GPU = torch.cuda.is_available()
 if importlib.util.find_spec("expecttest") is None:  # torch's samples are defined beside tests that need it; ours do not
     sys.modules["expecttest"] = types.ModuleType("expecttest")
     sys.modules["expecttest"].TestCase = unittest.TestCase  # type: ignore[attr-defined]
-if not GPU:
-    os.environ["TRITON_INTERPRET"] = "1"  # before fastattn is imported: triton.jit decides at decoration
+if not GPU:  # before fastattn is imported: triton.jit decides at decoration
+    os.environ["TRITON_INTERPRET"] = "1"
+    os.environ["FASTATTN_EMULATE"] = "1"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -27,9 +28,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="torch sees no GPU"))
 
 
+from fastattn import backends  # noqa: E402
+
+
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     return torch.device("cuda" if GPU else "cpu")
+
+
+@pytest.fixture(scope="session")
+def cuda(device: torch.device) -> torch.device:
+    """Where the CUDA backend runs: a Hopper GPU, or the CPU, in the emulator."""
+    if why := backends.get("cuda").available(device):
+        pytest.skip(why)
+    return device
 
 
 @pytest.fixture(autouse=True)

@@ -83,9 +83,7 @@ def test_without_one_for_the_derivative_the_call_is_refused(registered, monkeypa
     registered(Forward())
     monkeypatch.setattr(backends.get("triton"), "available", lambda device: "it is out of order")
     why = backends.unsupported("forward", spec_of(*qkv(device)), device)
-    assert why == (
-        "it has no attention_backward, and no other backend here has: triton: it is out of order"
-    )
+    assert why == ("it has no attention_backward, and no other backend here has: triton: it is out of order")
     with pytest.raises(UnsupportedError, match="no backend has attention_backward for this call: triton: it is out"):
         backends.serving("attention_backward", "forward", spec_of(*qkv(device)), device)
 

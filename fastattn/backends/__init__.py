@@ -2,8 +2,8 @@
 
 A backend is a module with `NAME`, `COMPOSITE`, `available(device)` and `unsupported(spec, device)`; the last two return
 None for yes, or the reason. A composite backend is differentiable torch code and is called as it is; a kernel backend
-fills tensors, and `fastattn.ops` gives it its derivative. One that has no kernel for a derivative leaves that entry out,
-and the next kernel backend that has it computes it from the same saved tensors. A backend may have
+fills tensors, and `fastattn.ops` gives it its derivative. One that has no kernel for a derivative leaves that entry
+out, and the next kernel backend that has it computes it from the same saved tensors. A backend may have
 `only_on_request(device)`: why it is not taken unless it is named.
 """
 
@@ -20,7 +20,8 @@ from fastattn.spec import AttentionSpec, Spec
 
 _BACKENDS: dict[str, ModuleType] = {backend.NAME: backend for backend in (cuda, triton, eager, reference)}
 ORDER: tuple[str, ...] = tuple(_BACKENDS)
-_DERIVATIVES = {AttentionSpec: ("attention_backward", "attention_tangents")}  # entries that a backend may leave out
+# Entries that a backend may leave out, the backward first.
+_DERIVATIVES: dict[type, tuple[str, ...]] = {AttentionSpec: ("attention_backward", "attention_tangents")}
 
 
 def get(name: str) -> ModuleType:
@@ -43,7 +44,7 @@ def unsupported(name: str, spec: Spec, device: torch.device) -> str | None:
     why = backend.available(device) or backend.unsupported(spec, device)
     if why is None and not backend.COMPOSITE:
         for entry in _DERIVATIVES.get(type(spec), ()):
-            _, reasons = _find(entry, name, spec, device)
+            reasons = _find(entry, name, spec, device)[1]
             if reasons:
                 return f"it has no {entry}, and no other backend here has: {reasons}"
     return why
@@ -129,6 +130,14 @@ def explain(spec: Spec, device: torch.device, requested: str | None = None) -> E
             continue
         why = (_passed_over if requested is None else unsupported)(name, spec, device)
         if why is None:
-            return Explanation(spec, device, name, get(name).describe(spec, device), reasons)
+            return Explanation(spec, device, name, _describe(name, spec, device), reasons)
         reasons[name] = why
     return Explanation(spec, device, None, "", reasons)
+
+
+def _describe(name: str, spec: Spec, device: torch.device) -> str:
+    text = get(name).describe(spec, device)
+    if get(name).COMPOSITE or type(spec) not in _DERIVATIVES:
+        return text
+    other = serving(_DERIVATIVES[type(spec)][0], name, spec, device).NAME
+    return text if other == name else f"{text}; backward by {other}"

@@ -104,7 +104,9 @@ def norm_backward(
     )  # fmt: skip
 
 
-def _norm_backward_of_sum(dx, dweight, dbias, dresidual, dh: Tensor | None, seed: Tensor | None, spec: NormSpec) -> None:
+def _norm_backward_of_sum(
+    dx, dweight, dbias, dresidual, dh: Tensor | None, seed: Tensor | None, spec: NormSpec
+) -> None:
     """Of h alone: what the norm would make of no gradient is not computed, as 0 · inf would be NaN."""
     for parameter in (dweight, dbias):
         if parameter is not None:

@@ -28,6 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastattn.backends.row_layout import Lines, lines_along
 from fastattn.backends.triton.blocks.cast import cast
 from fastattn.backends.triton.blocks.constants import NEG_INF
 from fastattn.backends.triton.blocks.cross_entropy import (
@@ -44,7 +45,6 @@ from fastattn.backends.triton.blocks.score import tanh
 from fastattn.backends.triton.blocks.softmax import online_sum
 from fastattn.backends.triton.configs import arch_of
 from fastattn.backends.triton.row_configs import RowConfig, row_config, warp_size
-from fastattn.backends.triton.row_layout import Lines, lines_along
 from fastattn.spec import CrossEntropySpec
 
 if TYPE_CHECKING:

@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastattn.backends.row_layout import merge_dimensions, padded
 from fastattn.backends.triton.configs import next_power_of_2
 from fastattn.backends.triton.row_configs import ELEMENTS, MIN_THREADS, RowConfig, warp_size
-from fastattn.backends.triton.row_layout import merge_dimensions, padded
 
 
 @triton.jit

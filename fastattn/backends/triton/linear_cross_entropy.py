@@ -28,6 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastattn.backends.row_layout import lines_along
 from fastattn.backends.triton.blocks.constants import NEG_INF
 from fastattn.backends.triton.blocks.cross_entropy import (
     class_in_slice,
@@ -53,7 +54,6 @@ from fastattn.backends.triton.cross_entropy import (
     tile_of,
 )
 from fastattn.backends.triton.cross_entropy import launch_backward as launch_slice_gradient
-from fastattn.backends.triton.row_layout import lines_along
 from fastattn.spec import CrossEntropySpec, LinearCrossEntropySpec
 
 if TYPE_CHECKING:

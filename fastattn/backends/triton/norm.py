@@ -39,6 +39,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastattn.backends.row_layout import RowLayout, row_layout
 from fastattn.backends.triton.blocks.cast import cast
 from fastattn.backends.triton.blocks.dropout import row_dropout_factor
 from fastattn.backends.triton.blocks.rows import inside, load_rows, row_offsets, store_rows
@@ -51,7 +52,6 @@ from fastattn.backends.triton.row_configs import (
     reduce_config,
     row_config,
 )
-from fastattn.backends.triton.row_layout import RowLayout, row_layout
 from fastattn.spec import NormSpec
 
 if TYPE_CHECKING:

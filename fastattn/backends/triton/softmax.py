@@ -27,12 +27,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastattn.backends.row_layout import lines_along
 from fastattn.backends.triton.blocks.constants import NEG_INF
 from fastattn.backends.triton.blocks.rows import inside, load_rows, locate_lines, store_rows, tile_offsets
 from fastattn.backends.triton.blocks.softmax import online_sum
 from fastattn.backends.triton.configs import arch_of
 from fastattn.backends.triton.row_configs import row_config
-from fastattn.backends.triton.row_layout import lines_along
 from fastattn.spec import SoftmaxSpec
 
 if TYPE_CHECKING:

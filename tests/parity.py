@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +43,12 @@ class Packed:
         where = (self.cu_seqlens_q, self.cu_seqlens_k, self.max_seqlen_q, self.max_seqlen_k)
         o, lse = fastattn.varlen_attention(*rows, *where, return_lse=True, **call)
         return o.transpose(0, 1)[None], lse[None]
+
+
+def on_backends(named: Sequence[Any], **able: Callable[[Any], bool]) -> list[tuple[Any, str]]:
+    """(case, backend) for each backend that has all of an operation; for those that have a part of it, that part."""
+    everywhere: dict[str, Callable[[Any], bool]] = dict.fromkeys(("triton", "eager"), lambda case: True)
+    return [(case, name) for name, has in (everywhere | able).items() for case in named if has(case)]
 
 
 def spec_of(q: Tensor, k: Tensor, v: Tensor, **options: Any):

@@ -27,14 +27,14 @@ NAMED = {
     if not {"bias", "mask", "alibi_slopes", "sinks", "dropout_p"} & set(case.options)  # left to other backends
 }
 # The kernel's own tests are in test_cuda_attention_kernel.py; these are of the way to it, and of the gradient.
-CHOSEN = (
-    "no_queries no_keys no_batch causal causal_bottom_right_more_keys causal_top_left_more_queries causal_decode "
-    "window_both window_right window_top_left window_wider_than_everything rows_that_see_nothing_first gqa mqa "
-    "layout_heads_inside layout_packed layout_strided scale_negative scale_0 softcap_causal_gqa varlen_all_empty "
-    "varlen_one_sequence varlen_causal varlen_top_left varlen_window"
-).split()
+CHOSEN = """
+    no_queries no_keys no_batch causal causal_bottom_right_more_keys causal_top_left_more_queries causal_decode
+    window_both window_right window_top_left window_wider_than_everything rows_that_see_nothing_first gqa mqa
+    layout_heads_inside layout_packed layout_strided scale_negative scale_0 softcap_causal_gqa varlen_all_empty
+    varlen_one_sequence varlen_causal varlen_top_left varlen_window
+"""
 CASES = [
-    *(at_width(NAMED[name], (torch.bfloat16, torch.float16)[i % 2]) for i, name in enumerate(CHOSEN)),
+    *(at_width(NAMED[name], (torch.bfloat16, torch.float16)[i % 2]) for i, name in enumerate(CHOSEN.split())),
     *(at_width(NAMED["causal"], torch.bfloat16, D) for D in (96, 128, 192, 256)),
     at_width(cases.case("mla", 33, 130, causal="bottom_right"), torch.float16, 192, 128),
 ]

@@ -4,6 +4,7 @@
 #include <rows/config.h>
 #include <rows/supports_clusters.h>
 
+#include <initializer_list>
 #include <stdexcept>
 
 namespace rows {
@@ -32,6 +33,15 @@ inline bool alike(const Matrix& a, const Matrix& b) {
   bool same = reinterpret_cast<uintptr_t>(a.data) % 16 == reinterpret_cast<uintptr_t>(b.data) % 16 && a.dtype == b.dtype;
   for (int d = 0; d < 3; ++d) same &= (a.step[d] - b.step[d]) * size_of(a.dtype) % 16 == 0;
   return same;
+}
+
+// Where the first matrix's rows are not aligned, but all matrices' rows alike, packs may be aligned in memory instead.
+inline void shift_unaligned(Walk& walk, std::initializer_list<Matrix*> matrices) {
+  const Matrix& first = **matrices.begin();
+  walk.shifted = !first.wide;
+  for (const Matrix* m : matrices) walk.shifted &= !m->data || alike(first, *m);
+  if (walk.shifted)
+    for (Matrix* m : matrices) m->wide = true;
 }
 
 // Grid of one CTA, or cluster, per group of rows; and `walk` as the kernel reads it.

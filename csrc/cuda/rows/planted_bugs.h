@@ -1,5 +1,7 @@
-// Bugs that tests plant, to see them caught; kernels are compiled without one.
+// Mistakes that the tests plant in the row kernels, to prove that they would notice. A kernel asks Planted::has(Bug::…);
+// for NoBugs that is a constant, and nothing of it is left in the compiled kernel.
 #pragma once
+#include <ptx/language.h>
 
 namespace rows {
 
@@ -12,6 +14,10 @@ enum class Bug {
   LastRowOnly,    // dweight and dbias are those of a CTA's last row
   OneGroup,       // dweight and dbias leave out all but the first of the rows that a CTA has at once
   UnsharedKeep,   // a chunk is kept where another thread keeps one
+};
+
+struct NoBugs {
+  __device__ __forceinline__ static constexpr bool has(Bug) { return false; }
 };
 
 }  // namespace rows

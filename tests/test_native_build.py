@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import ast
 import importlib
-import json
 import os
-import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,33 +14,9 @@ from planted_native import FILES, calls, compiled, fake_toolkit, write_program, 
 
 from fastattn import native
 from fastattn.native import archs, cache, installation, plan, ptxas, toolchain, workplace
-from fastattn.native.errors import BuildFailed, NativeMissing, ToolMissing, UnknownArch, UnsafeCache
+from fastattn.native.errors import BuildFailed, NativeMissing, ToolMissing, UnknownArch
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture
-def csrc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The planted sources, in place of the project's."""
-    folder = write_tree(tmp_path / "csrc", FILES)
-    monkeypatch.setattr(plan, "csrc", lambda: folder)
-    return folder
-
-
-@pytest.fixture
-def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """An empty cache of the test's own."""
-    monkeypatch.setenv("FASTATTN_CACHE", str(tmp_path / "cache"))
-    native.forget()
-    yield tmp_path / "cache"
-    native.forget()
-
-
-@pytest.fixture
-def toolkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An nvcc that is there whatever the machine has."""
-    monkeypatch.setenv("CUDA_HOME", str(fake_toolkit(tmp_path / "toolkit")))
-    return tmp_path / "toolkit"
 
 
 def no_nvcc(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,7 +130,7 @@ def test_the_wheels_are_looked_for_where_python_imports_from(tmp_path: Path, mon
     assert next(toolchain._wheel_nvccs()) == nvcc
 
 
-def test_a_missing_tool_is_a_sentence(monkeypatch: pytest.MonkeyPatch, csrc: Path, root: Path):
+def test_a_missing_tool_is_a_sentence(monkeypatch: pytest.MonkeyPatch, csrc: Path, native_cache: Path):
     monkeypatch.setenv("CXX", "no-such-compiler -O1")
     with pytest.raises(ToolMissing, match="CXX is 'no-such-compiler -O1', and there is no such program"):
         toolchain.find_gxx()
@@ -182,9 +155,9 @@ def test_a_missing_tool_is_a_sentence(monkeypatch: pytest.MonkeyPatch, csrc: Pat
 # What is compiled
 
 
-def test_the_emulator_is_built_on_first_use_and_taken_from_the_cache_then(csrc: Path, root: Path):
+def test_the_emulator_is_built_on_first_use_and_taken_from_the_cache_then(csrc: Path, native_cache: Path):
     assert native.why_no_emulator() is None
-    assert not root.exists()
+    assert not native_cache.exists()
     module = native.load_emulator()
     assert (module.answer(), module.sm90) == (42, 1)
     assert module.file == "csrc/bindings_cuda.cpp"  # diagnostics name sources as the project does
@@ -195,7 +168,7 @@ def test_the_emulator_is_built_on_first_use_and_taken_from_the_cache_then(csrc: 
     assert (again, is_new) == (built, False)
 
 
-def test_only_what_changed_is_compiled(csrc: Path, root: Path, toolkit: Path):
+def test_only_what_changed_is_compiled(csrc: Path, native_cache: Path, toolkit: Path):
     def build() -> tuple[bool, list[str]]:
         before = len(calls(toolkit))
         _, is_new = cache.build(plan.cuda(["sm_90a"]))
@@ -223,7 +196,7 @@ def test_only_what_changed_is_compiled(csrc: Path, root: Path, toolkit: Path):
     assert plan.cuda(["sm_90a"], write_tree(csrc.parent / "elsewhere", copy)).key == plan.cuda(["sm_90a"]).key
 
 
-def test_kernels_for_hopper_are_compiled_for_sm_90a_alone(csrc: Path, root: Path, toolkit: Path):
+def test_kernels_for_hopper_are_compiled_for_sm_90a_alone(csrc: Path, native_cache: Path, toolkit: Path):
     cases = {"sm_80 sm_90a": (["attention.cu"], 1), "sm_80": ([], 0), "sm_90": ([], 0)}
     for names, (hopper, sm90) in cases.items():
         wanted = plan.cuda(names.split())
@@ -257,7 +230,7 @@ def test_everything_that_decides_the_result_is_in_its_key(csrc: Path, toolkit: P
     assert plan.cuda(["sm_90a"]).key != wanted.key
 
 
-def test_an_error_is_the_compilers_and_leaves_nothing(csrc: Path, root: Path):
+def test_an_error_is_the_compilers_and_leaves_nothing(csrc: Path, native_cache: Path):
     cache.build(plan.emulator())
     before = native.built("emulator")
     (csrc / "cuda/offset.cu").write_text("int offset() { return nonsense; }\n")
@@ -276,7 +249,7 @@ def test_an_error_is_the_compilers_and_leaves_nothing(csrc: Path, root: Path):
         cache.build(plan.emulator())
 
 
-def test_progress_counts_every_step(csrc: Path, root: Path):
+def test_progress_counts_every_step(csrc: Path, native_cache: Path):
     seen: list[tuple[int, int]] = []
     cache.build(plan.emulator(), jobs=1, progress=lambda done, total: seen.append((done, total)))
     assert seen == [(n, 5) for n in range(1, 6)]  # four sources and the link
@@ -287,7 +260,7 @@ def test_progress_counts_every_step(csrc: Path, root: Path):
 C7508 = "ptxas info : (C7508) Potential Performance Loss: 'setmaxnreg' ignored to maintain minimum requirement"
 
 
-def test_a_warning_of_the_7500s_fails_every_build_until_the_source_changes(csrc, root, toolkit, monkeypatch):
+def test_a_warning_of_the_7500s_fails_every_build_until_the_source_changes(csrc, native_cache, toolkit, monkeypatch):
     monkeypatch.setenv("FAKE_PTXAS", C7508)
     for _ in range(2):  # the second time, ninja has nothing to do
         with pytest.raises(BuildFailed, match=r"cuda/answer\.cu: ptxas info : \(C7508\) .*setmaxnreg"):
@@ -332,160 +305,6 @@ def test_spills_are_read_from_the_log():
 )
 def test_kernel_names_are_short(name: str, short: str):
     assert ptxas.shorten(name) == short
-
-
-# The cache
-
-
-def test_the_cache_is_the_users_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, csrc: Path, toolkit: Path):
-    folder = tmp_path / "a/b/cache"
-    monkeypatch.setenv("FASTATTN_CACHE", str(folder))
-    native.forget()
-    assert "python -m fastattn build" in (native.why_not() or "")
-    assert not folder.exists()  # looking creates nothing
-    assert cache.private_root() == folder
-    assert folder.stat().st_mode & 0o777 == 0o700
-    for mode in (0o720, 0o702, 0o777):
-        folder.chmod(mode)
-        with pytest.raises(UnsafeCache, match=rf"{folder} can be written to by others \(mode {mode:o}\).*chmod go-w"):
-            cache.build(plan.emulator())
-        native.forget()
-        assert "can be written to by others" in (native.why_not() or "")
-    folder.chmod(0o755)
-    assert cache.private_root() == folder
-    monkeypatch.setattr(os, "geteuid", lambda: folder.stat().st_uid + 1)
-    with pytest.raises(UnsafeCache, match="belongs to user"):
-        cache.private_root()
-    monkeypatch.undo()
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("FASTATTN_CACHE", str(tmp_path / "file"))
-    with pytest.raises(UnsafeCache, match="is not a folder"):
-        cache.private_root(create=False)
-
-
-def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("HOME", "/home/someone")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
-    monkeypatch.setenv("FASTATTN_CACHE", "/own")
-    assert cache.location() == Path("/own")
-    monkeypatch.delenv("FASTATTN_CACHE")
-    assert cache.location() == Path("/caches/fastattn")
-    monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # which the specification says to ignore
-    assert cache.location() == Path("/home/someone/.cache/fastattn")
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache.location() == Path("/home/someone/.cache/fastattn")
-
-
-BUILD = """
-import sys
-from pathlib import Path
-import native  # without fastattn, which would import torch first
-from native import plan
-plan.csrc = lambda: Path(sys.argv[1])
-print(native.load_emulator().answer())
-"""
-
-
-def test_processes_that_build_at_once_do_not_disturb_one_another(csrc: Path, root: Path, tmp_path: Path):
-    """Three of the same sources, and two of others in the same workplace: each source is compiled once a version."""
-    other = write_tree(tmp_path / "other", FILES | {"cuda/value.h": "#define VALUE 43\n"})
-    log = tmp_path / "compiled"
-    slow = write_program(tmp_path / "slow/g++", f'#!/bin/sh\necho "$@" >> {log}\nsleep 0.2\nexec g++ "$@"\n')
-    environment = {**os.environ, "CXX": str(slow), "PYTHONPATH": str(ROOT / "fastattn"), "FASTATTN_CACHE": str(root)}
-    folders = [csrc, other, csrc, other, csrc]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", BUILD, str(folder)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for folder in folders
-    ]
-    said = [process.communicate() for process in processes]
-    assert [process.returncode for process in processes] == [0] * 5, said
-    assert [out.strip() for out, _ in said] == ["42" if folder == csrc else "43" for folder in folders]
-    assert len(list((root / "native").glob("emulator-*"))) == 2
-    assert list((root / "native").glob(".new-*")) == []
-    sources = compiled([line for line in log.read_text().splitlines() if "--version" not in line])
-    assert [sources.count(name) for name in ("answer.cu", "offset.cu", "bindings_cuda.cpp")] == [2, 1, 1]
-
-
-def test_what_a_killed_process_leaves_is_replaced(csrc: Path, root: Path):
-    wanted = plan.emulator()
-    built, _ = cache.build(wanted)
-    (built.path.parent / cache.MANIFEST).unlink()
-    assert native.built("emulator") == []
-    assert cache.build(wanted) == (built, True)
-    built.path.unlink()
-    assert native.built("emulator") == []
-    assert cache.build(wanted) == (built, True)
-    (built.path.parent / cache.MANIFEST).write_text('{"target": ')
-    assert cache.build(wanted) == (built, True)
-
-
-def test_old_modules_are_forgotten(csrc: Path, root: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(cache, "KEPT", 2)
-    for value in range(3):
-        (csrc / "cuda/value.h").write_text(f"#define VALUE {value}\n")
-        last, _ = cache.build(plan.emulator())
-    kept = cache.published("emulator")
-    assert len(kept) == 2
-    assert kept[0] == last
-
-
-# Finding and loading
-
-
-def publish(wanted: plan.Plan) -> cache.Built:
-    time.sleep(0.01)  # the newest goes first
-    return cache.build(wanted)[0]
-
-
-def test_the_module_that_fits_the_gpu_the_sources_and_python_is_loaded(csrc: Path, root: Path, toolkit: Path):
-    assert "it is not compiled for this machine" in (native.why_not() or "")
-    with pytest.raises(NativeMissing, match="python -m fastattn build"):
-        native.load()
-    ampere, hopper = publish(plan.cuda(["sm_80"])), publish(plan.cuda(["sm_90a"]))
-    native.forget()
-    assert native.load().__file__ == str(hopper.path)
-    assert native.load((9, 0)).__file__ == str(hopper.path)
-    assert native.load((8, 6)).__file__ == str(ampere.path)
-    assert native.why_not((8, 6)) is None
-    assert "compiled for sm_90a, not for this GPU" in (native.why_not((10, 0)) or "")
-    assert "8.0 and newer, this GPU has 7.5" in (native.why_not((7, 5)) or "")
-    publish(plan.cuda(["sm_80"]))  # was there; asked for last
-    native.forget()
-    assert native.load().__file__ == str(ampere.path)
-    assert native.why_not() is None
-    (csrc / "params.h").write_text(FILES["params.h"] + "\n")
-    native.forget()
-    assert "compiled from other sources" in (native.why_not() or "")
-
-
-def test_a_module_beside_the_package_is_taken_while_its_sources_are_these(csrc, root, toolkit, tmp_path, monkeypatch):
-    """As in a wheel, or in a checkout that was installed before its sources were changed."""
-    wanted = plan.cuda(["sm_90a"])
-    (tmp_path / "place").mkdir()
-    (tmp_path / "package").mkdir()
-    workplace.run(wanted, tmp_path / "place").rename(tmp_path / "package" / wanted.filename)
-    manifest = tmp_path / "package/_cuda.json"
-    manifest.write_text(json.dumps(wanted.manifest()))
-    monkeypatch.setattr(native, "PACKAGE", tmp_path / "package")
-    assert native.load((9, 0)).__file__ == str(tmp_path / "package" / wanted.filename)
-    (csrc / "params.h").write_text(FILES["params.h"] + "\n")
-    native.forget()
-    assert "compiled from other sources" in (native.why_not() or "")
-    built = publish(plan.cuda(["sm_90a"]))
-    native.forget()
-    assert native.load().__file__ == str(built.path)
-
-
-def test_without_sources_there_is_no_module(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, root: Path):
-    monkeypatch.setattr(plan, "PACKAGE", tmp_path / "package")
-    assert "the C++ sources are missing" in (native.why_not() or "")
-    assert "the C++ sources are missing" in (native.why_no_emulator() or "")
 
 
 # The package

@@ -143,7 +143,9 @@ void report_deadlock() {
           const Mbarrier& bar = cta->mbarriers[w.object];
           what += " of the barrier at " + hex(w.object) + " (initialised at " + to_string(bar.where) + ", phase " +
                   std::to_string(bar.phase) + ": " + std::to_string(bar.pending) + " of " + std::to_string(bar.count) +
-                  " arrivals and " + std::to_string(bar.bytes) + " bytes to come)";
+                  " arrivals to come, and " +
+                  (bar.bytes < 0 ? std::to_string(-bar.bytes) + " bytes more than expected have come)"
+                                 : std::to_string(bar.bytes) + " bytes)");
         } else if (w.object < 16 && std::string(w.doing) == "barrier_sync") {
           const NamedBarrier& bar = cta->barriers[w.object];
           what += " " + std::to_string(w.object) + " (" + std::to_string(bar.arrived) + " of " +

@@ -45,6 +45,7 @@ inline int main(int argc, char** argv) {
 #define EXPECT(condition) \
   if (!(condition)) harness::fail(__FILE__, __LINE__, "not true: " #condition)
 
-#define EXPECT_EQUAL(a, b)                                                                                   \
-  if (const auto left = (a); !(left == (b)))                                                                 \
-  harness::fail(__FILE__, __LINE__, std::string(#a " is ") + std::to_string(left) + ", not " #b " = " + std::to_string(b))
+#define EXPECT_EQUAL(a, b)                                                                      \
+  if (const auto left = (a); !(left == (b)))                                                    \
+  harness::fail(__FILE__, __LINE__, std::string(#a " is ") + std::to_string(left) + ", not " #b \
+                                                                                    " = " + std::to_string(b))

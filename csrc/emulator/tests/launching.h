@@ -37,6 +37,7 @@ void expect_finding(void (*kernel)(Params), const LaunchShape& shape, const Para
     bool found = false;
     for (const auto& finding : report.findings()) found |= finding.kind == kind;
     if (!found)
-      harness::fail(__FILE__, __LINE__, std::string(schedule.name) + ": no finding '" + kind + "', but: " + report.text());
+      harness::fail(__FILE__, __LINE__,
+                    std::string(schedule.name) + ": no finding '" + kind + "', but: " + report.text());
   }
 }

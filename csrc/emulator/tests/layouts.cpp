@@ -143,6 +143,7 @@ TEST(every_width_of_n) {
 namespace {
 
 struct MatrixCase { uint16_t* out; };
+const LaunchShape ONE_WARP{dim3(1), 32, 1024};
 
 // Element (i, j) of the 16 × 16 tile is 16 i + j; rows of 64 bytes, so that lanes' addresses are not contiguous.
 template <bool TRANSPOSED> void ldmatrix_kernel(const MatrixCase p) {
@@ -175,7 +176,7 @@ template <bool TRANSPOSED> void stmatrix_kernel(const MatrixCase p) {
 TEST(ldmatrix_fragments) {
   std::vector<uint16_t> out(256);
   for (bool transposed : {false, true})
-    expect_clean(transposed ? ldmatrix_kernel<true> : ldmatrix_kernel<false>, {dim3(1), 32, 1024}, MatrixCase{out.data()}, [&] {
+    expect_clean(transposed ? ldmatrix_kernel<true> : ldmatrix_kernel<false>, ONE_WARP, MatrixCase{out.data()}, [&] {
       for (int m = 0; m < 4; ++m)
         for (int l = 0; l < 32; ++l)
           for (int e = 0; e < 2; ++e) {
@@ -189,7 +190,7 @@ TEST(ldmatrix_fragments) {
 TEST(stmatrix_fragments) {
   std::vector<uint16_t> out(256);
   for (bool transposed : {false, true})
-    expect_clean(transposed ? stmatrix_kernel<true> : stmatrix_kernel<false>, {dim3(1), 32, 1024}, MatrixCase{out.data()}, [&] {
+    expect_clean(transposed ? stmatrix_kernel<true> : stmatrix_kernel<false>, ONE_WARP, MatrixCase{out.data()}, [&] {
       for (int i = 0; i < 16; ++i)
         for (int j = 0; j < 16; ++j) {
           const int m = i / 8 + 2 * (j / 8), row = transposed ? j % 8 : i % 8, column = transposed ? i % 8 : j % 8;

@@ -72,8 +72,8 @@ template <Bug BUG> void load_q_and_k(const Params& p, uint32_t shared, uint32_t 
     ptx::tma_load(shared + Q, &p.q, q_full, 0, tile * M);
     for (int j = 0; j < p.blocks; ++j, ++k.i) {
       if (BUG != Bug::NoEmptyWait) ptx::mbarrier_wait(k.empty(), k.phase() ^ 1);
-      const uint32_t bytes = BUG == Bug::ExpectTooSmall ? K_BYTES / 2 : BUG == Bug::ExpectTooLarge ? 2 * K_BYTES : K_BYTES;
-      ptx::mbarrier_arrive_expect_tx(k.full(), bytes);
+      const uint32_t halves = BUG == Bug::ExpectTooSmall ? 1 : BUG == Bug::ExpectTooLarge ? 4 : 2;
+      ptx::mbarrier_arrive_expect_tx(k.full(), halves * K_BYTES / 2);
       ptx::tma_load(shared + K + k.i % STAGES * K_BYTES, &p.k, k.full(), 0, j * N);
     }
   }
@@ -173,9 +173,9 @@ template <Bug BUG> struct Consumer {
     for (int n = 0; n < D_V / 16; ++n) {
       const int r = 16 * (t / 32) + (lane / 8 & 1) * 8 + lane % 8, column = 16 * n + lane / 16 * 8;
       const uint32_t a = shared + O + column / 64 * PANEL + r * 128 + column % 64 * 2;
-      ptx::stmatrix_x4(ptx::swizzle(a, ptx::Swizzle::B128), ptx::pack<ptx::bf16>(o[8 * n], o[8 * n + 1]),
-                       ptx::pack<ptx::bf16>(o[8 * n + 2], o[8 * n + 3]), ptx::pack<ptx::bf16>(o[8 * n + 4], o[8 * n + 5]),
-                       ptx::pack<ptx::bf16>(o[8 * n + 6], o[8 * n + 7]));
+      uint32_t packed[4];
+      for (int j = 0; j < 4; ++j) packed[j] = ptx::pack<ptx::bf16>(o[8 * n + 2 * j], o[8 * n + 2 * j + 1]);
+      ptx::stmatrix_x4(ptx::swizzle(a, ptx::Swizzle::B128), packed[0], packed[1], packed[2], packed[3]);
     }
     if (BUG != Bug::NoProxyFence) ptx::fence_proxy_async();
     if (BUG != Bug::NoEpilogueBarrier) ptx::barrier_sync(1, 128);

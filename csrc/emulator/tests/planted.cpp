@@ -1,7 +1,8 @@
-// Each kernel with each of its mistakes, in every schedule, and the correct kernels under many seeds.
-//   planted bugs          a line per mistake and schedule: case, schedule, findings as kind@file:line, whether the result is
-//                         wrong; tab-separated
-//   planted seeds N       the correct kernels in the random schedule, seeds 0 … N-1, expecting no finding
+// Kernels with a mistake each, in every schedule, and the correct ones under many seeds. A case is named kernel.mistake.
+//   planted run CASE      a line per schedule: its name, the findings as kind@file:line, whether the result is wrong;
+//                         between tabs
+//   planted text CASE     what is reported in the eager schedule
+//   planted seeds N CASE  the random schedule with seeds 0 … N-1, expecting a right result and no finding
 #include <tests/cluster_kernels.h>
 #include <tests/launching.h>
 #include <tests/pipeline.h>
@@ -47,7 +48,8 @@ template <pipeline::Bug BUG> Outcome run_pipeline(const Schedule& schedule) {
   using namespace pipeline;
   constexpr int tiles = 3, blocks = 5, ctas = 2;
   // |S| ≤ 64 is exact in bf16, and so are sums of products in fp32; o is rounded once
-  auto fq = small_integers(tiles * M * D, 1), fk = small_integers(blocks * N * D, 1), fv = small_integers(blocks * N * D_V, 2);
+  const auto fq = small_integers(tiles * M * D, 1), fk = small_integers(blocks * N * D, 1);
+  const auto fv = small_integers(blocks * N * D_V, 2);
   auto q = convert<ptx::bf16>(fq), k = convert<ptx::bf16>(fk), v = convert<ptx::bf16>(fv);
   std::vector<ptx::bf16> o(tiles * M * D_V, ptx::bf16{0xffff});
   Params p{matrix(q, D, M), matrix(k, D, N, BUG == Bug::WrongSwizzle ? ptx::Swizzle::None : ptx::Swizzle::B128),
@@ -95,8 +97,8 @@ template <clusters::Bug BUG> Outcome run_multicast(const Schedule& schedule) {
   const uint64_t sizes[] = {COLUMNS, tiles * ROWS}, strides[] = {4 * COLUMNS};
   const uint32_t box[] = {COLUMNS, ROWS / 2};
   const auto map = ptx::make_tensor_map(ptx::ElementType::Fp32, x.data(), 2, sizes, strides, box, ptx::Swizzle::None);
-  Outcome outcome{emulate(multicast<BUG>, {dim3(PAIR), 64, STAGES * TILE + 64, PAIR}, MulticastParams{map, y.data(), tiles},
-                          schedule), false};
+  Outcome outcome{emulate(multicast<BUG>, {dim3(PAIR), 64, STAGES * TILE + 64, PAIR},
+                          MulticastParams{map, y.data(), tiles}, schedule), false};
   for (int column = 0; column < COLUMNS; ++column) {
     float sum = 0;
     for (int row = 0; row < tiles * ROWS; ++row) sum += x[row * COLUMNS + column];
@@ -122,8 +124,8 @@ template <rows::Bug BUG> Outcome run_row_sum(const Schedule& schedule) {
 template <rows::Bug BUG> Outcome run_transpose(const Schedule& schedule) {
   const auto x = small_integers(128, 50);
   std::vector<float> y(128, NAN);
-  Outcome outcome{emulate(rows::transpose<BUG>, {dim3(1), 32, 512}, rows::TransposeParams{x.data(), y.data()}, schedule),
-                  false};
+  Outcome outcome{emulate(rows::transpose<BUG>, {dim3(1), 32, 512}, rows::TransposeParams{x.data(), y.data()},
+                          schedule), false};
   for (int i = 0; i < 128; ++i) outcome.wrong |= y[i] != x[i % 32 * 4 + i / 32];
   return outcome;
 }
@@ -133,8 +135,8 @@ template <rows::Bug BUG> Outcome run_accumulate(const Schedule& schedule) {
   constexpr int ctas = 3, n = 3;
   const auto x = small_integers(ctas * n * THREADS, 50);
   alignas(16) float y[THREADS] = {};
-  Outcome outcome{emulate(accumulate<BUG>, {dim3(ctas), THREADS, 4 * THREADS}, AccumulateParams{x.data(), y, n}, schedule),
-                  false};
+  Outcome outcome{emulate(accumulate<BUG>, {dim3(ctas), THREADS, 4 * THREADS}, AccumulateParams{x.data(), y, n},
+                          schedule), false};
   for (int i = 0; i < THREADS; ++i) {
     float total = 0;
     for (int row = 0; row < ctas * n; ++row) total += x[row * THREADS + i];
@@ -146,7 +148,7 @@ template <rows::Bug BUG> Outcome run_accumulate(const Schedule& schedule) {
 #define CASE(kernel, name_space, bug) Case{#kernel "." #bug, run_##kernel<name_space::Bug::bug>}
 #define PIPELINE(bug) CASE(pipeline, pipeline, bug)
 
-const std::vector<Case> CORRECT = {
+const std::vector<Case> CASES = {
     PIPELINE(None),
     CASE(pull, clusters, None),
     CASE(push, clusters, None),
@@ -154,9 +156,6 @@ const std::vector<Case> CORRECT = {
     CASE(row_sum, rows, None),
     CASE(transpose, rows, None),
     CASE(accumulate, rows, None),
-};
-
-const std::vector<Case> PLANTED = {
     PIPELINE(NoFullWait),
     PIPELINE(NoEmptyWait),
     PIPELINE(WrongParity),
@@ -205,40 +204,44 @@ const std::vector<Case> PLANTED = {
     CASE(accumulate, rows, NoStoreWait),
 };
 
-int bugs() {
-  std::vector<Case> all = CORRECT;
-  all.insert(all.end(), PLANTED.begin(), PLANTED.end());
-  for (const Case& c : all)
-    for (const Schedule& schedule : SCHEDULES) {
-      const Outcome outcome = c.run(schedule);
-      std::printf("%s\t%s\t", c.name.c_str(), schedule.name);
-      const char* separator = "";
-      for (const auto& f : outcome.report.findings()) {
-        std::printf("%s%s@%s", separator, f.kind.c_str(), to_string(f.where).c_str());
-        separator = "; ";
-      }
-      std::printf("\t%s\n", outcome.wrong ? "wrong" : "right");
-      if (std::getenv("VERBOSE")) std::printf("%s", outcome.report.text().c_str());
+const Case& find(const std::string& name) {
+  for (const Case& c : CASES)
+    if (c.name == name) return c;
+  std::printf("there is no case %s\n", name.c_str());
+  std::exit(2);
+}
+
+int run(const Case& c) {
+  for (const Schedule& schedule : SCHEDULES) {
+    const Outcome outcome = c.run(schedule);
+    std::printf("%s\t", schedule.name);
+    const char* separator = "";
+    for (const auto& f : outcome.report.findings()) {
+      std::printf("%s%s@%s", separator, f.kind.c_str(), to_string(f.where).c_str());
+      separator = "; ";
     }
+    std::printf("\t%s\n", outcome.wrong ? "wrong" : "right");
+  }
   return 0;
 }
 
-int seeds(uint64_t n) {
-  for (const Case& c : CORRECT)
-    for (uint64_t seed = 0; seed < n; ++seed) {
-      const Outcome outcome = c.run({"random", seed});
-      if (outcome.report.clean() && !outcome.wrong) continue;
-      harness::fail(__FILE__, __LINE__, c.name + ", seed " + std::to_string(seed) + ": " + outcome.report.text() +
-                                            (outcome.wrong ? "the result is wrong" : ""));
-    }
+int seeds(const Case& c, uint64_t n) {
+  for (uint64_t seed = 0; seed < n; ++seed) {
+    const Outcome outcome = c.run({"random", seed});
+    if (outcome.report.clean() && !outcome.wrong) continue;
+    harness::fail(__FILE__, __LINE__, c.name + ", seed " + std::to_string(seed) + ": " + outcome.report.text() +
+                                          (outcome.wrong ? "the result is wrong" : ""));
+  }
   return harness::failures != 0;
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc == 2 && std::string(argv[1]) == "bugs") return bugs();
-  if (argc == 3 && std::string(argv[1]) == "seeds") return seeds(std::strtoull(argv[2], nullptr, 10));
-  std::printf("planted bugs, or planted seeds N\n");
+  const std::string what = argc > 1 ? argv[1] : "";
+  if (argc == 3 && what == "run") return run(find(argv[2]));
+  if (argc == 3 && what == "text") return std::printf("%s", find(argv[2]).run(SCHEDULES[0]).report.text().c_str()) < 0;
+  if (argc == 4 && what == "seeds") return seeds(find(argv[3]), std::strtoull(argv[2], nullptr, 10));
+  std::printf("planted run CASE, planted text CASE or planted seeds N CASE\n");
   return 2;
 }

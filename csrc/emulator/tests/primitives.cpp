@@ -4,9 +4,11 @@
 #include <ptx/global.h>
 #include <ptx/mbarrier.h>
 #include <ptx/named_barrier.h>
+#include <ptx/numeric.h>
 #include <ptx/shared.h>
 #include <ptx/tma.h>
 #include <ptx/warp.h>
+#include <ptx/wgmma.h>
 #include <tests/launching.h>
 
 #include <stdexcept>
@@ -147,7 +149,8 @@ void counters_kernel(const Counters p) {
 
 // The last CTA of a cluster-wide row writes; the ranks and sizes are told by the hardware.
 void ranks_kernel(const Out p) {
-  if (threadIdx.x == 0) p.out[(blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x] = cluster_rank() * 100 + cluster_size();
+  const int cta = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
+  if (threadIdx.x == 0) p.out[cta] = cluster_rank() * 100 + cluster_size();
 }
 
 // A ring: each CTA writes into its right neighbour, round by round, with arrive and wait of the cluster barrier apart.
@@ -170,6 +173,47 @@ void remote_after_exit_kernel(const Out p) {
   cluster_sync();
   if (cluster_rank() == 1) return;
   if (threadIdx.x == 0) p.out[0] = ld_shared_cluster<int>(dynamic_shared(), 1);
+}
+
+// CTA 0 waits for the flag that CTA 1 raises after its number.
+struct Flag { int* flag; int* number; };
+void flag_kernel(const Flag p) {
+  if (blockIdx.x == 0) {
+    while (!ld_global(p.flag)) continue;
+    if (threadIdx.x == 0) st_global(p.number + 1, 2 * ld_global(p.number));
+    return;
+  }
+  if (threadIdx.x == 0) {
+    st_global(p.number, 21);
+    thread_fence();
+    atomic_add(p.flag, 1);
+  }
+}
+
+// Each warp stages its own rows of A, with no more than a warp_sync before the wgmma that reads them.
+struct Staged { float* d; bool sync; };
+void staged_by_warp_kernel(const Staged p) {
+  const uint32_t a = dynamic_shared(), b = a + 8192;
+  const int t = threadIdx.x, row = 16 * (t / 32) + t % 16, half = t % 32 / 16;  // A, B: 64 × 16, rows of 128 bytes
+  for (int k = 8 * half; k < 8 * half + 8; ++k)
+    st_shared(swizzle(b + 128 * row + 2 * k, Swizzle::B128), from_float<bf16>(1));
+  fence_proxy_async();
+  cta_sync();
+  for (int k = 8 * half; k < 8 * half + 8; ++k)
+    st_shared(swizzle(a + 128 * row + 2 * k, Swizzle::B128), from_float<bf16>(float(row)));
+  fence_proxy_async();
+  if (p.sync) warp_sync();
+  float d[32];
+  wgmma_fence();
+  wgmma_ss<bf16, 0, 0>(d, descriptor(a, 16, 1024, Swizzle::B128), descriptor(b, 16, 1024, Swizzle::B128), 0);
+  wgmma_commit();
+  wgmma_wait<0>(d);
+  if (t % 4 == 0)
+    for (int r = 0; r < 2; ++r) p.d[16 * (t / 32) + t % 32 / 4 + 8 * r] = d[2 * r];
+}
+
+void part_of_a_warpgroup_kernel(const Out) {
+  if (threadIdx.x < 64) setmaxnreg_inc<240>();
 }
 
 void registers_kernel(const Out) {
@@ -282,6 +326,23 @@ TEST(remote_after_exit) {
     const auto report = emulate(remote_after_exit_kernel, {dim3(2), 32, 64, 2}, Out{&out, 0}, schedule);
     EXPECT(report.text().find("exit") != std::string::npos);
   }
+}
+TEST(flags_in_global_memory) {
+  int flag = 0, number[2] = {};
+  expect_clean(flag_kernel, {dim3(2), 32, 0}, Flag{&flag, number}, [&] {
+    EXPECT_EQUAL(number[1], 42);
+    flag = 0;
+  });
+}
+TEST(a_staged_by_each_warp) {
+  std::vector<float> d(64);
+  expect_clean(staged_by_warp_kernel, {dim3(1), 128, 16384}, Staged{d.data(), true}, [&] {
+    for (int i = 0; i < 64; ++i) EXPECT_EQUAL(d[i], 16.f * i);
+  });
+  expect_finding(staged_by_warp_kernel, {dim3(1), 128, 16384}, Staged{d.data(), false}, "race: read after write");
+}
+TEST(registers_by_part_of_a_warpgroup) {
+  expect_finding(part_of_a_warpgroup_kernel, {dim3(1), 128, 0}, Out{}, "setmaxnreg: not by the whole warpgroup");
 }
 TEST(register_budget) {
   expect_finding(registers_kernel, {dim3(1), 384, 0}, Out{}, "setmaxnreg: too many registers");

@@ -59,7 +59,7 @@ template <Bug BUG> void transpose(const TransposeParams p) {
   for (int i = 0; i < 4; ++i) p.y[32 * i + l] = ptx::ld_shared<float>(tile + 4 * (4 * l + i));
 }
 
-struct AccumulateParams { const float* x; float* y; int n; };  // y[THREADS] += Σ over CTAs and rows of x[CTAs, n, THREADS]
+struct AccumulateParams { const float* x; float* y; int n; };  // y[THREADS] += Σ x[CTAs, n, THREADS]
 
 template <Bug BUG> void accumulate(const AccumulateParams p) {
   const uint32_t stage = ptx::dynamic_shared();

@@ -4,10 +4,11 @@
 #include <pybind11/stl.h>
 
 #include <params_rows.h>
+#include <rows/config.h>
 #include <rows/cross_entropy.h>
 #include <rows/layer_norm.h>
 #include <rows/softmax.h>
-#include <rows/supports_clusters.h>
+#include <rows/target.h>
 
 #include <optional>
 #include <stdexcept>
@@ -197,7 +198,22 @@ void bind_rows(py::module_& m) {
   m.attr("FLOAT32") = 0;
   m.attr("BFLOAT16") = 1;
   m.attr("FLOAT16") = 2;
-  rows::bind_cluster_switch(m);
+  rows::bind_target(m);
+
+  m.def("row_config",
+        [](int N, int pack, int elements, int kept_bytes, bool shifted, bool clusters, int shared) {
+          const rows::RowProblem problem{N, pack, elements, kept_bytes, shifted};
+          const rows::RowLimits limits{clusters, shared, rows::MAX_THREADS};
+          const rows::RowConfig c = rows::choose(problem, limits);
+          return py::dict("threads"_a = c.threads, "threads_per_row"_a = c.threads_per_row, "cluster"_a = c.cluster,
+                          "chunks"_a = c.chunks, "kept"_a = c.kept, "shared_bytes"_a = c.shared_bytes,
+                          "illegal"_a = rows::illegal(c, problem, limits));
+        },
+        "N"_a, "pack"_a, "elements"_a, "kept_bytes"_a, "shifted"_a, "clusters"_a, "shared"_a,
+        R"(What the launchers choose for rows of N elements, and why that is illegal ('' where it is not).
+
+pack: elements of 16 bytes of x; elements: that a thread holds; kept_bytes: of a thread's chunk in shared memory, or 0;
+shifted: rows begin off alignment; clusters: the GPU has them; shared: bytes of a CTA.)");
 
   m.def("norm_forward", &norm_forward, "y"_a, "h"_a, "stats"_a, "x"_a, "weight"_a, "bias"_a, "residual"_a, "M"_a, "N"_a,
         "R1"_a, "R2"_a, "rms"_a, "eps"_a, "weight_offset"_a, "stream"_a, Released(),

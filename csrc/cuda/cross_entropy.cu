@@ -207,8 +207,13 @@ void cross_entropy_forward(CrossEntropy p, cudaStream_t stream) {
     using T = decltype(zero);
     for (Matrix* m : {&p.dlogits, &p.logits}) align(*m, PACK<T>);
     shift_unaligned(p.walk, {&p.logits, &p.dlogits});
-    const auto kernel = p.softcap > 0.f ? cross_entropy_forward_kernel<T, true> : cross_entropy_forward_kernel<T, false>;
-    launch(kernel, shape_of(choose(problem_of<T>(p.walk, true), limits(kernel)), p.walk), stream, p);
+    const RowConfig config = choose(problem_of<T>(p.walk, true), limits(cross_entropy_forward_kernel<T, false>));
+    const LaunchShape shape = shape_of(config, p.walk);
+    with_bugs<T>([&](auto planted) {
+      using Planted = decltype(planted);
+      if (p.softcap > 0.f) launch(cross_entropy_forward_kernel<T, true, Planted>, shape, stream, p);
+      else launch(cross_entropy_forward_kernel<T, false, Planted>, shape, stream, p);
+    });
   });
 }
 

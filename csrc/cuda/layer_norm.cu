@@ -198,7 +198,7 @@ __device__ __forceinline__ void flush(float* parts, const float (&sum)[PACKS][E]
 #pragma unroll
     for (int i = 0; i < E; ++i)
       ptx::st_shared(base + 4 * (team.group * columns + pack_begin<E, PACKS>(team, 0, v, 0) + i), sum[v][i]);
-  ptx::cta_sync();
+  if (!Planted::has(Bug::NoFlushBarrier)) ptx::cta_sync();
   for (int n = threadIdx.x; n < N; n += blockDim.x) {
     float total = 0.f;
     for (int g = 0; g < (Planted::has(Bug::OneGroup) ? 1 : team.groups); ++g)
@@ -348,11 +348,12 @@ void norm_forward(NormForward p, cudaStream_t stream) {
     using X = decltype(x_zero);
     using H = decltype(h_zero);
     constexpr int E = PACK<X>;
-    const auto kernel = norm_forward_kernel<X, H>;
-    const RowConfig config = choose({p.walk.N, E, FORWARD_BYTES / int(sizeof(H)), FORWARD_BYTES}, limits(kernel));
+    const RowProblem problem{p.walk.N, E, FORWARD_BYTES / int(sizeof(H)), FORWARD_BYTES};
+    const RowConfig config = choose(problem, limits(norm_forward_kernel<X, H>));
     for (Matrix* m : {&p.y, &p.h, &p.x, &p.residual}) align(*m, E);
     for (Vector* v : {&p.weight, &p.bias}) align(*v, E);
-    launch(kernel, shape_of(config, p.walk), stream, p);
+    const LaunchShape shape = shape_of(config, p.walk);
+    with_bugs<X>([&](auto planted) { launch(norm_forward_kernel<X, H, decltype(planted)>, shape, stream, p); });
   });
 }
 
@@ -387,8 +388,11 @@ void norm_backward(NormBackward p, Dtype x, const Vector& dweight, const Vector&
     LaunchShape shape = shape_of(config, p.walk);
     const int P = parts_of(config, p.walk.M);
     if (sums) shape.grid.x = P * config.cluster;
-    const auto kernel = config.chunks == 1 ? norm_backward_kernel<X, H, true> : norm_backward_kernel<X, H, false>;
-    launch(kernel, shape, stream, p);
+    with_bugs<X>([&](auto planted) {
+      using Planted = decltype(planted);
+      if (config.chunks == 1) launch(norm_backward_kernel<X, H, true, Planted>, shape, stream, p);
+      else launch(norm_backward_kernel<X, H, false, Planted>, shape, stream, p);
+    });
     launch_sum_parts(dweight, p.dweight_parts, P, p.walk.N, stream);
     launch_sum_parts(dbias, p.dbias_parts, P, p.walk.N, stream);
   });

@@ -155,9 +155,9 @@ void softmax_forward(Softmax p, cudaStream_t stream) {
     using T = decltype(zero);
     constexpr int E = PACK<T>;
     align_rows(p, E);
-    const auto kernel = softmax_forward_kernel<T>;
     const RowProblem problem{p.walk.N, E, FORWARD_BYTES / int(sizeof(T)), FORWARD_BYTES, p.walk.shifted};
-    launch(kernel, shape_of(choose(problem, limits(kernel)), p.walk), stream, p);
+    const LaunchShape shape = shape_of(choose(problem, limits(softmax_forward_kernel<T>)), p.walk);
+    with_bugs<T>([&](auto planted) { launch(softmax_forward_kernel<T, decltype(planted)>, shape, stream, p); });
   });
 }
 
@@ -166,9 +166,9 @@ void softmax_backward(Softmax p, cudaStream_t stream) {
     using T = decltype(zero);
     constexpr int E = PACK<T>;
     align_rows(p, E);
-    const auto kernel = softmax_backward_kernel<T>;
     const RowProblem problem{p.walk.N, E, BACKWARD_ELEMENTS, 0, p.walk.shifted};
-    launch(kernel, shape_of(choose(problem, limits(kernel)), p.walk), stream, p);
+    const LaunchShape shape = shape_of(choose(problem, limits(softmax_backward_kernel<T>)), p.walk);
+    with_bugs<T>([&](auto planted) { launch(softmax_backward_kernel<T, decltype(planted)>, shape, stream, p); });
   });
 }
 

@@ -47,7 +47,7 @@ template <class T, int E, int PACKS, class Planted> struct Chunk {
 
  private:
   __device__ __forceinline__ static uint32_t address(int c, int i) {
-    const uint32_t thread = Planted::has(Bug::UnsharedKeep) ? threadIdx.x / 2 : threadIdx.x;
+    const uint32_t thread = Planted::has(Bug::SharedKeep) ? threadIdx.x / 2 : threadIdx.x;
     return ptx::dynamic_shared() + REDUCTION_BYTES + ((c * PACKS * ACCESSES + i) * blockDim.x + thread) * 16;
   }
 };

@@ -2,7 +2,7 @@
 #pragma once
 #include <launch.h>
 #include <rows/config.h>
-#include <rows/supports_clusters.h>
+#include <rows/target.h>
 
 #include <initializer_list>
 #include <stdexcept>
@@ -15,7 +15,7 @@ template <class F> void with_dtype(Dtype dtype, F f) {
   else f(ptx::fp16{});
 }
 
-template <class Kernel> RowLimits limits(Kernel kernel) { return {supports_clusters(kernel), shared_limit()}; }
+template <class Kernel> RowLimits limits(Kernel kernel) { return limits_on(supports_clusters(kernel), shared_limit()); }
 
 // Bytes of one access to E neighbours.
 inline int access_bytes(Dtype dtype, int E) { return std::min(16, E * size_of(dtype)); }

@@ -43,7 +43,8 @@ template <class Planted> struct Team {
       cluster = walk.cluster;
       if (cluster > 1) {
         rank = ptx::cluster_rank();
-        ptx::cluster_sync();  // every CTA has begun: its shared memory may be written
+        // Every CTA has begun: its shared memory may be written.
+        if (!Planted::has(Bug::NoStartSync)) ptx::cluster_sync();
       }
     }
   }
@@ -56,7 +57,7 @@ template <class Planted> struct Team {
 
   template <class V> __device__ __forceinline__ V reduce(V v) {
     v = butterfly(v, threads < 32 ? threads : 32);
-    if (threads <= 32) return v;
+    if (threads <= 32 || Planted::has(Bug::WarpOnly)) return v;
     const int warp = thread / 32, lane = thread % 32, warps = threads / 32;
     const uint32_t turn = slots + round * (MAX_WARPS + MAX_CLUSTER) * SLOT;
     if (!Planted::has(Bug::OneRound)) round ^= 1;  // what this round reads, the next one does not write

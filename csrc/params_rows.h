@@ -105,19 +105,22 @@ struct ScaleRows {
   Column factor;  // (M,)
 };
 
-struct CountClasses {
-  float* out;          // (gridDim.x,) Σ w_t of a slice of the rows
-  const void* target;  // (P,) int64 or int32, contiguous
-  bool target_64;
-  Vector weight;       // (N,), or none
-  int64_t ignore_index, P;
-  int N;
+// A CTA's sum of a slice of P values.
+struct SumValues {
+  Vector out;            // (gridDim.x,)
+  const float* values;   // (P,)
+  const float* divisor;  // (1,) of the sums, or none
+  int64_t P;
 };
 
-struct SumValues {
-  Column out;            // (gridDim.x,) sums of a slice each, contiguous
-  const float* values;   // (P,)
-  const float* divisor;  // (1,) divides the sums, or none
+// A CTA's sum of the weights of a slice of P classes.
+struct CountClasses {
+  Vector out;          // (gridDim.x,)
+  const void* target;  // (P,) int64 or int32, contiguous
+  bool target_64;
+  Vector weight;       // (N,), or none: every class weighs 1
+  int64_t ignore_index;
+  int N;
   int64_t P;
 };
 

@@ -8,7 +8,9 @@ import sys
 import types
 import unittest
 import warnings
+from pathlib import Path
 
+import planted_native
 import pytest
 import torch
 
@@ -50,3 +52,29 @@ def _interpreter_warnings():
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=RuntimeWarning, module=r"triton\.runtime\.interpreter")
         yield
+
+
+@pytest.fixture
+def csrc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Planted C++ sources, in place of the project's."""
+    folder = planted_native.write_tree(tmp_path / "csrc", planted_native.FILES)
+    monkeypatch.setattr("fastattn.native.plan.csrc", lambda: folder)
+    return folder
+
+
+@pytest.fixture
+def native_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """An empty cache of native modules, of the test's own; it does not exist yet."""
+    from fastattn import native
+
+    monkeypatch.setenv("FASTATTN_CACHE", str(tmp_path / "cache"))
+    native.forget()
+    yield tmp_path / "cache"
+    native.forget()
+
+
+@pytest.fixture
+def toolkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An nvcc that is there whatever the machine has."""
+    monkeypatch.setenv("CUDA_HOME", str(planted_native.fake_toolkit(tmp_path / "toolkit")))
+    return tmp_path / "toolkit"

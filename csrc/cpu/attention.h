@@ -27,7 +27,7 @@ struct Sequence {
 };
 
 constexpr int BLOCK_M = 64;   // query rows of a tile: the lanes
-constexpr int BLOCK_N = 128;  // keys of a block
+constexpr int BLOCK_N = 64;  // keys of a block
 
 struct AttentionParams {
   DType dtype = DType::float32;  // of q, k, v, o and their gradients

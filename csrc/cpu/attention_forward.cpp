@@ -164,11 +164,15 @@ void finish(const AttentionParams& p, const Tile& t, int b, const Sums& sums) {
     const Vec lse = select(empty, nothing, fma(max, broadcast(LN_2), log(sum)));
     for (int l = 0; l < lanes; ++l)
       p.lse[p.lse_index(b, t.head[j * LANES + l]) + t.row[j * LANES + l]] = lse[l];
+    const bool exact = std::is_same_v<T, float>;  // a reciprocal is off by less than any rounding to 16 bits
+    const Vec inverse = rescale / sum;
     for (int d = 0; d < p.D_v; d += LANES) {
       Int block[LANES];
 #pragma GCC unroll 16
-      for (int i = 0; i < LANES; ++i)
-        block[i] = as_int(load(sums.o + (d + i) * t.width + j * LANES) * rescale / sum);
+      for (int i = 0; i < LANES; ++i) {
+        const Vec x = load(sums.o + (d + i) * t.width + j * LANES);
+        block[i] = as_int(exact ? x * rescale / sum : x * inverse);
+      }
       transpose(block);
       for (int l = 0; l < lanes; ++l)
         store_strided((T*)rows[j * LANES + l] + d * p.o.col, p.o.col, as_float(block[l]), smaller(LANES, p.D_v - d));

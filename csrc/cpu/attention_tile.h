@@ -33,13 +33,15 @@ struct Tile {
     }
     t.n = end - first;
     t.width = round_up(t.n, 16);
-    t.first_row = layout.S_q;
+    int row = first % layout.S_q, head = h_kv * layout.G + first / layout.S_q;
+    const bool wraps = row + t.n > layout.S_q;  // into the next head
+    t.first_row = wraps ? 0 : row;
+    t.last_row = wraps ? layout.S_q - 1 : row + t.n - 1;
     for (int l = 0; l < BLOCK_M; ++l) {
-      const int r = smaller(first + l, end - 1);
-      t.row[l] = r % layout.S_q;
-      t.head[l] = h_kv * layout.G + r / layout.S_q;
-      t.first_row = smaller(t.first_row, (int)t.row[l]);
-      t.last_row = larger(t.last_row, (int)t.row[l]);
+      t.row[l] = row;
+      t.head[l] = head;
+      if (l + 1 >= t.n) continue;
+      if (++row == layout.S_q) row = 0, ++head;
     }
     return t;
   }

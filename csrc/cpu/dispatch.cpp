@@ -4,8 +4,10 @@
 
 #include <atomic>
 #include <cstdlib>
+#include <mutex>
 #include <new>
 #include <stdexcept>
+#include <utility>
 
 namespace fastattn {
 namespace {
@@ -57,10 +59,17 @@ Isa chosen() {
   return Isa::baseline;
 }
 
+// One piece of memory is kept for the next call: fresh memory costs a page fault for every 4 KiB.
+constexpr size_t MOST_POOLED = size_t(32) << 20;
+std::mutex pool_lock;
+char* pooled = nullptr;
+size_t pooled_bytes = 0;
+
 std::atomic<int> current{-1};  // -1: not chosen yet
 
 std::atomic<bool> forked{false};
-const int watching = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+const int watching = pthread_atfork(
+    [] { pool_lock.lock(); }, [] { pool_lock.unlock(); }, [] { forked = true, pool_lock.unlock(); });
 
 }  // namespace
 
@@ -84,12 +93,30 @@ std::vector<std::string> available_isas() {
 
 bool in_forked_child() { return forked.load(std::memory_order_relaxed); }
 
-Scratch::Scratch(size_t bytes) : data_(nullptr) {
-  if (bytes == 0) return;
-  data_ = static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
+Scratch::Scratch(size_t bytes) : bytes_((bytes + 63) / 64 * 64), data_(nullptr) {
+  if (bytes_ == 0) return;
+  {
+    const std::lock_guard<std::mutex> guard(pool_lock);
+    if (pooled_bytes >= bytes_) {
+      data_ = std::exchange(pooled, nullptr);
+      bytes_ = std::exchange(pooled_bytes, 0);
+      return;
+    }
+  }
+  data_ = static_cast<char*>(std::aligned_alloc(64, bytes_));
   if (data_ == nullptr) throw std::bad_alloc();
 }
 
-Scratch::~Scratch() { std::free(data_); }
+Scratch::~Scratch() {
+  if (data_ == nullptr) return;
+  if (bytes_ <= MOST_POOLED) {
+    const std::lock_guard<std::mutex> guard(pool_lock);
+    if (bytes_ > pooled_bytes) {
+      std::swap(data_, pooled);
+      std::swap(bytes_, pooled_bytes);
+    }
+  }
+  std::free(data_);
+}
 
 }  // namespace fastattn

@@ -60,6 +60,7 @@ class Scratch {
   char* data() const { return data_; }
 
  private:
+  size_t bytes_;
   char* data_;
 };
 

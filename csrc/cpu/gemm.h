@@ -98,7 +98,7 @@ static __attribute__((noinline)) void product_columns(int rows, int depth, Opera
 template <class E>
 FASTATTN_INLINE void product(int rows, int depth, int width, Operand a, const void* b, int64_t b_row, float* c,
                              int64_t c_row, Start start, const float* factor = nullptr) {
-  constexpr int DEEPEST = 128, PANEL = MOST_VECTORS * LANES;
+  constexpr int DEEPEST = 64, PANEL = MOST_VECTORS * LANES;
   for (int k = 0; k == 0 || k < depth; k += DEEPEST) {
     const int part = smaller(DEEPEST, depth - k);
     const Start how = k == 0 ? start : Start::add;

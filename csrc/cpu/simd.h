@@ -273,20 +273,39 @@ FASTATTN_INLINE void store_strided(T* p, int64_t stride, Vec x, int n) {
 
 // ---- over lanes; a tree of fixed order
 
+// Lane i + n in lane i, for i < n; the other lanes are of no interest
+template <int n>
+FASTATTN_INLINE Vec lowered(Vec x) {
+#if defined(__AVX512F__)
+  if (n == 8) return __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 8, 9, 10, 11, 12, 13, 14, 15);
+  if (n == 4) return __builtin_shufflevector(x, x, 4, 5, 6, 7, 4, 5, 6, 7, 4, 5, 6, 7, 4, 5, 6, 7);
+  if (n == 2) return __builtin_shufflevector(x, x, 2, 3, 2, 3, 6, 7, 6, 7, 10, 11, 10, 11, 14, 15, 14, 15);
+  return __builtin_shufflevector(x, x, 1, 1, 3, 3, 5, 5, 7, 7, 9, 9, 11, 11, 13, 13, 15, 15);
+#elif defined(__AVX2__)
+  if (n == 4) return __builtin_shufflevector(x, x, 4, 5, 6, 7, 4, 5, 6, 7);
+  if (n == 2) return __builtin_shufflevector(x, x, 2, 3, 2, 3, 6, 7, 6, 7);
+  return __builtin_shufflevector(x, x, 1, 1, 3, 3, 5, 5, 7, 7);
+#else
+  if (n == 2) return __builtin_shufflevector(x, x, 2, 3, 2, 3);
+  return __builtin_shufflevector(x, x, 1, 1, 3, 3);
+#endif
+}
+
 FASTATTN_INLINE float reduce_sum(Vec x) {
-  float t[LANES];
-  store(t, x);
-  for (int n = LANES / 2; n > 0; n /= 2)
-    for (int i = 0; i < n; ++i) t[i] += t[i + n];
-  return t[0];
+  if constexpr (LANES == 16) x += lowered<8>(x);
+  if constexpr (LANES >= 8) x += lowered<4>(x);
+  x += lowered<2>(x);
+  x += lowered<1>(x);
+  return x[0];
 }
 // NaN if a lane is NaN
+FASTATTN_INLINE Vec larger_or_nan(Vec a, Vec b) { return select((a > b) | (a != a), a, b); }
 FASTATTN_INLINE float reduce_max(Vec x) {
-  float t[LANES];
-  store(t, x);
-  for (int n = LANES / 2; n > 0; n /= 2)
-    for (int i = 0; i < n; ++i) t[i] = t[i] > t[i + n] || t[i] != t[i] ? t[i] : t[i + n];
-  return t[0];
+  if constexpr (LANES == 16) x = larger_or_nan(x, lowered<8>(x));
+  if constexpr (LANES >= 8) x = larger_or_nan(x, lowered<4>(x));
+  x = larger_or_nan(x, lowered<2>(x));
+  x = larger_or_nan(x, lowered<1>(x));
+  return x[0];
 }
 FASTATTN_INLINE bool any(Int m) {
 #if defined(__AVX512F__)

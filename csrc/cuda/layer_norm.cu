@@ -44,8 +44,8 @@ __device__ __forceinline__ void store_row(const Matrix& m, const Place& at, int 
 }
 
 // Count, mean and squares of this thread's part of a chunk.
-template <class H, int E, int PACKS, Bug BUG>
-__device__ __forceinline__ Moments chunk_moments(const Chunk<H, E, PACKS, BUG>& h, const Team<BUG>& team, int c, int N) {
+template <class H, int E, int PACKS, class Planted>
+__device__ __forceinline__ Moments chunk_moments(const Chunk<H, E, PACKS, Planted>& h, const Team<Planted>& team, int c, int N) {
   float sum = 0.f, count = 0.f;
 #pragma unroll
   for (int v = 0; v < PACKS; ++v) {
@@ -70,15 +70,15 @@ __device__ __forceinline__ Moments chunk_moments(const Chunk<H, E, PACKS, BUG>& 
   return {{count, mean + error, squares - error * error * count}};
 }
 
-template <class X, class H, Bug BUG = Bug::None>
-__global__ void __launch_bounds__(MAX_THREADS) norm_forward_kernel(const __grid_constant__ NormForward p) {
+template <class X, class H, class Planted = NoBugs>
+__global__ void __launch_bounds__(RESIDENT) norm_forward_kernel(const __grid_constant__ NormForward p) {
   constexpr int E = PACK<X>, PACKS = FORWARD_BYTES / int(sizeof(H)) / E;
-  Team<BUG> team(p.walk);
+  Team<Planted> team(p.walk);
   const int last = p.walk.chunks - 1;
   for (int64_t first = team.first_row(); first < p.walk.M; first += team.row_step()) {
     const Place at = locate(p.walk, first + team.group);
     const int N = at.exists ? p.walk.N : 0;
-    Chunk<H, E, PACKS, BUG> h;
+    Chunk<H, E, PACKS, Planted> h;
 
     // Pass 1: h, and its statistics
     Moments moments{{0.f, 0.f, 0.f}};
@@ -116,6 +116,7 @@ __global__ void __launch_bounds__(MAX_THREADS) norm_forward_kernel(const __grid_
     }
     if (p.rms) moments.field[2] = team.reduce(Sums<1>{{moments.squares()}}).field[0];
     else moments = team.reduce(moments);
+    h.hold();
     const float mean = p.rms ? 0.f : moments.mean();
     const float rstd = 1.f / sqrtf(moments.squares() / p.walk.N + p.eps);
     if (team.place() == 0 && at.exists) {
@@ -182,8 +183,8 @@ __device__ __forceinline__ void add_to_parts(float* parts, int n0, int N, bool b
 }
 
 // One row of parts from the sums of every thread: added up in order of the CTA's groups, through shared memory.
-template <int E, int PACKS, Bug BUG>
-__device__ __forceinline__ void flush(float* parts, const float (&sum)[PACKS][E], const Team<BUG>& team, int N) {
+template <int E, int PACKS, class Planted>
+__device__ __forceinline__ void flush(float* parts, const float (&sum)[PACKS][E], const Team<Planted>& team, int N) {
   if (team.groups == 1) {
 #pragma unroll
     for (int v = 0; v < PACKS; ++v) add_to_parts<E>(parts, pack_begin<E, PACKS>(team, 0, v, 0), N, true, sum[v]);
@@ -197,20 +198,20 @@ __device__ __forceinline__ void flush(float* parts, const float (&sum)[PACKS][E]
 #pragma unroll
     for (int i = 0; i < E; ++i)
       ptx::st_shared(base + 4 * (team.group * columns + pack_begin<E, PACKS>(team, 0, v, 0) + i), sum[v][i]);
-  ptx::cta_sync();
+  if (!Planted::has(Bug::NoFlushBarrier)) ptx::cta_sync();
   for (int n = threadIdx.x; n < N; n += blockDim.x) {
     float total = 0.f;
-    for (int g = 0; g < (BUG == Bug::OneGroup ? 1 : team.groups); ++g)
+    for (int g = 0; g < (Planted::has(Bug::OneGroup) ? 1 : team.groups); ++g)
       total += ptx::ld_shared<float>(base + 4 * (g * columns + n));
     ptx::st_global(parts + n, total);
   }
 }
 
 // ONE_CHUNK: registers hold the row.
-template <class X, class H, bool ONE_CHUNK, Bug BUG = Bug::None>
-__global__ void __launch_bounds__(MAX_THREADS) norm_backward_kernel(const __grid_constant__ NormBackward p) {
+template <class X, class H, bool ONE_CHUNK, class Planted = NoBugs>
+__global__ void __launch_bounds__(SUMMING_RESIDENT) norm_backward_kernel(const __grid_constant__ NormBackward p) {
   constexpr int E = PACK<X>, PACKS = BACKWARD_ELEMENTS / E;
-  Team<BUG> team(p.walk);
+  Team<Planted> team(p.walk);
   const int last = ONE_CHUNK ? 0 : p.walk.chunks - 1;
   const int64_t part = int64_t(blockIdx.x / team.cluster) * p.walk.N;
   float* const dweight_part = p.dweight_parts ? p.dweight_parts + part : nullptr;
@@ -256,7 +257,7 @@ __global__ void __launch_bounds__(MAX_THREADS) norm_backward_kernel(const __grid
         if constexpr (ONE_CHUNK) {
 #pragma unroll
           for (int i = 0; i < E; ++i) {
-            dweight[v][i] = (BUG == Bug::LastRowOnly ? 0.f : dweight[v][i]) + g[v][i] * x_hat[v][i];
+            dweight[v][i] = (Planted::has(Bug::LastRowOnly) ? 0.f : dweight[v][i]) + g[v][i] * x_hat[v][i];
             dbias[v][i] += g[v][i];
           }
         } else {
@@ -336,7 +337,6 @@ static void launch_sum_parts(const Vector& out, const float* parts, int P, int N
 // The kernels of x's dtype, and of h's: that, or fp32.
 template <class F> static void with_dtypes(Dtype x, Dtype h, F f) {
   with_dtype(x, [&](auto x_zero) {
-    using X = decltype(x_zero);
     if (h == x) f(x_zero, x_zero);
     else if (h == Dtype::Float32) f(x_zero, float{});
     else throw std::invalid_argument("norm: residual is of another 16-bit dtype than x; accepted are x's dtype and float32");
@@ -347,18 +347,15 @@ void norm_forward(NormForward p, cudaStream_t stream) {
   with_dtypes(p.x.dtype, p.residual.data ? p.residual.dtype : p.x.dtype, [&](auto x_zero, auto h_zero) {
     using X = decltype(x_zero);
     using H = decltype(h_zero);
-    if constexpr (sizeof(X) <= sizeof(H)) {
-      constexpr int E = PACK<X>;
-      const auto kernel = norm_forward_kernel<X, H>;
-      const RowConfig config = choose({p.walk.N, E, FORWARD_BYTES / int(sizeof(H)), FORWARD_BYTES}, limits(kernel));
-      for (Matrix* m : {&p.y, &p.h, &p.x, &p.residual}) align(*m, E);
-      for (Vector* v : {&p.weight, &p.bias}) align(*v, E);
-      launch(kernel, shape_of(config, p.walk), stream, p);
-    }
+    constexpr int E = PACK<X>;
+    const RowProblem problem{p.walk.N, E, FORWARD_BYTES / int(sizeof(H)), FORWARD_BYTES};
+    const RowConfig config = choose(problem, limits(norm_forward_kernel<X, H>));
+    for (Matrix* m : {&p.y, &p.h, &p.x, &p.residual}) align(*m, E);
+    for (Vector* v : {&p.weight, &p.bias}) align(*v, E);
+    const LaunchShape shape = shape_of(config, p.walk);
+    with_bugs<X>([&](auto planted) { launch(norm_forward_kernel<X, H, decltype(planted)>, shape, stream, p); });
   });
 }
-
-constexpr int RESIDENT_THREADS = 512;  // per SM, of the backward that stays: 128 registers each
 
 template <class X, class H> static RowConfig backward_config(int N) {
   constexpr int E = PACK<X>;
@@ -368,15 +365,14 @@ template <class X, class H> static RowConfig backward_config(int N) {
 }
 
 static int parts_of(const RowConfig& config, int M) {
-  const int at_once = std::max(1, sm_count() * (RESIDENT_THREADS / config.threads) / config.cluster);
+  const int at_once = std::max(1, sm_count() * (SUMMING_RESIDENT / config.threads) / config.cluster);
   return std::max(1, std::min((M + config.rows_per_cta() - 1) / config.rows_per_cta(), at_once));
 }
 
 int norm_backward_parts(int M, int N, Dtype x, Dtype h) {
   int P = 0;
   with_dtypes(x, h, [&](auto x_zero, auto h_zero) {
-    if constexpr (sizeof(x_zero) <= sizeof(h_zero))
-      P = parts_of(backward_config<decltype(x_zero), decltype(h_zero)>(N), M);
+    P = parts_of(backward_config<decltype(x_zero), decltype(h_zero)>(N), M);
   });
   return P;
 }
@@ -385,19 +381,20 @@ void norm_backward(NormBackward p, Dtype x, const Vector& dweight, const Vector&
   with_dtypes(x, p.h.dtype, [&](auto x_zero, auto h_zero) {
     using X = decltype(x_zero);
     using H = decltype(h_zero);
-    if constexpr (sizeof(X) <= sizeof(H)) {
-      const RowConfig config = backward_config<X, H>(p.walk.N);
-      for (Matrix* m : {&p.dx, &p.dresidual, &p.dy, &p.h, &p.dh}) align(*m, PACK<X>);
-      align(p.weight, PACK<X>);
-      const bool sums = dweight.data || dbias.data;
-      LaunchShape shape = shape_of(config, p.walk);
-      const int P = parts_of(config, p.walk.M);
-      if (sums) shape.grid.x = P * config.cluster;
-      const auto kernel = config.chunks == 1 ? norm_backward_kernel<X, H, true> : norm_backward_kernel<X, H, false>;
-      launch(kernel, shape, stream, p);
-      launch_sum_parts(dweight, p.dweight_parts, P, p.walk.N, stream);
-      launch_sum_parts(dbias, p.dbias_parts, P, p.walk.N, stream);
-    }
+    const RowConfig config = backward_config<X, H>(p.walk.N);
+    for (Matrix* m : {&p.dx, &p.dresidual, &p.dy, &p.h, &p.dh}) align(*m, PACK<X>);
+    align(p.weight, PACK<X>);
+    const bool sums = dweight.data || dbias.data;
+    LaunchShape shape = shape_of(config, p.walk);
+    const int P = parts_of(config, p.walk.M);
+    if (sums) shape.grid.x = P * config.cluster;
+    with_bugs<X>([&](auto planted) {
+      using Planted = decltype(planted);
+      if (config.chunks == 1) launch(norm_backward_kernel<X, H, true, Planted>, shape, stream, p);
+      else launch(norm_backward_kernel<X, H, false, Planted>, shape, stream, p);
+    });
+    launch_sum_parts(dweight, p.dweight_parts, P, p.walk.N, stream);
+    launch_sum_parts(dbias, p.dbias_parts, P, p.walk.N, stream);
   });
 }
 

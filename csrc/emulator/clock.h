@@ -44,6 +44,7 @@ class ClockGather {
 class ClockMeet {
  public:
   void add(const Clock& known, Agent self, uint32_t time);
+  void add(const Clock& known) { add(known, 0, 0); }
   Clock take() const;
 
  private:

@@ -36,7 +36,8 @@ struct Thread {
   uint64_t barrier_generation[16] = {};         // 1 + the generation of its latest arrival
   uint64_t cluster_arrivals = 0, cluster_waits = 0;
   uint64_t cluster_generation = 0;              // it waits for
-  int max_registers = 0;
+  int max_registers = 0;  // of setmaxnreg
+  Where max_registers_where;
   WgmmaThread wgmma;
   BulkThread bulk;
 
@@ -95,6 +96,7 @@ struct Machine {
   Report report;
   dim3 grid, block;
   uint32_t shared_bytes = 0, cluster_size = 1;
+  size_t resident = 1;  // clusters at a time
   std::function<void()> kernel;
 
   Thread* current = nullptr;
@@ -106,10 +108,15 @@ struct Machine {
   std::vector<Site> sites;
 
   uint32_t site(const char* doing, const Where& where);
-  uint64_t switches = 0;
+  uint64_t switches = 0, polls = 0;
 };
 
 extern Machine* machine;
+
+void start_cluster(uint64_t number);
+void finish_cluster(Cluster& cluster);  // what was issued in it and is still going on ends with it
+void run();                             // the whole grid
+void report_deadlock();
 
 std::string describe(const Cta& cta);
 std::string describe(const Thread& thread);

@@ -76,7 +76,8 @@ Mbarrier& use_mbarrier(Cta& cta, uint32_t address, bool remote, const char* doin
   if (found == cta.mbarriers.end()) {
     finding("mbarrier not initialised", where,
             std::string(doing) + " at " + hex(address) + " of " + describe(cta) +
-                (address % 8 ? ": not a multiple of 8" : ": no mbarrier_init has run there (is there a sync after it?)"));
+                (address % 8 ? ": not a multiple of 8"
+                             : ": no mbarrier_init has run there (is there a sync after it?)"));
     give_up();
   }
   Mbarrier& bar = found->second;
@@ -105,7 +106,8 @@ void mbarrier_arrive_remote(uint32_t address, uint32_t rank, const Where& where)
 
 void mbarrier_expect(uint32_t address, uint32_t bytes, bool arriving, const Where& where) {
   maybe_yield();
-  Mbarrier& bar = use_mbarrier(*current().cta, address, false, arriving ? "mbarrier_arrive_expect_tx" : "mbarrier_expect_tx", where);
+  const char* doing = arriving ? "mbarrier_arrive_expect_tx" : "mbarrier_expect_tx";
+  Mbarrier& bar = use_mbarrier(*current().cta, address, false, doing, where);
   expect(bar, bytes, where);
   if (arriving) arrive(bar, where);
 }
@@ -118,7 +120,7 @@ void mbarrier_wait(uint32_t address, uint32_t parity, const Where& where) {
     finding("mbarrier: parity", where, "a parity is 0 or 1, not " + std::to_string(parity));
     give_up();
   }
-  wait_until(bar.waiters, {"mbarrier_wait", address, where}, [&] { return (bar.phase & 1) != parity; });
+  wait_until(bar.waiters, {"mbarrier_wait", address, where, parity}, [&] { return (bar.phase & 1) != parity; });
   thread.learn(bar.released);
 }
 

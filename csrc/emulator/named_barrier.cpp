@@ -27,7 +27,7 @@ void arrive(int id, uint32_t threads, bool whole_cta, bool waits, const char* do
                 std::to_string(cta.threads.size()));
     give_up();
   }
-  if (bar.arrived && (bar.expected != threads || bar.whole_cta != whole_cta)) {
+  if (bar.arrived && (bar.whole_cta != whole_cta || (!whole_cta && bar.expected != threads))) {
     finding("named barrier: counts differ", where,
             "barrier " + std::to_string(id) + " expects " + std::to_string(bar.expected) + " threads at " +
                 to_string(bar.where) + " and " + std::to_string(threads) + " here");

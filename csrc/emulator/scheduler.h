@@ -15,6 +15,7 @@ struct Waiting {
   const char* doing = "";
   uint32_t object = 0;
   Where where;
+  uint32_t parity = 0;  // of an mbarrier_wait
 };
 
 class WaitList {
@@ -33,6 +34,7 @@ template <class Ready> void wait_until(WaitList& list, const Waiting& waiting, R
 }
 
 void yield();            // lets the other threads run
+void poll();             // of a load that may wait for another thread: sometimes yields
 void maybe_yield();      // in the random schedule, sometimes, or lets an asynchronous operation run
 bool coin();             // of the random schedule's seed
 bool runs_at_once();     // whether an asynchronous operation issued now is carried out at once

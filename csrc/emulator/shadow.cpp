@@ -19,7 +19,7 @@ constexpr uint8_t HALF[2] = {0x3, 0xc};
 const char* missing(AgentInfo::Kind before, bool before_wrote, const AgentInfo::Kind now, bool reading, bool async) {
   using Kind = AgentInfo::Kind;
   if (before == Kind::Mbarrier) return "no mbarrier_wait for that load comes before";
-  if (before == Kind::Wgmma) return "no wgmma_wait for it comes before (release the stage after the wait, and wait for the release)";
+  if (before == Kind::Wgmma) return "no wgmma_wait for it comes before (wait, release the stage, wait for the release)";
   if (before == Kind::BulkStore) return "no tma_store_wait_read for it, by the thread that issued it, comes before";
   if (now == Kind::Mbarrier) return "no barrier between that access and this load (an empty-barrier wait, or a sync)";
   if (async && reading && before_wrote) return "no barrier between that store and this thread";
@@ -44,9 +44,9 @@ void Shadow::conflict(uint32_t address, const Access& before, bool before_wrote,
   Cluster& cluster = *cta_->cluster;
   const AgentInfo::Kind now = cluster.agents[actor.agent].kind;
   const std::string message =
-      std::string(actor.doing) + (reading ? " reads" : " writes") + " shared " + hex(address) + " of " + describe(*cta_) +
-      (before_wrote ? ", written by " : ", read by ") + site.doing + " at " + to_string(site.where) + " (" +
-      cluster.describe(before.agent) + "): " +
+      std::string(actor.doing) + (reading ? " reads" : " writes") + " shared " + hex(address) + " of " +
+      describe(*cta_) + (before_wrote ? ", written by " : ", read by ") + site.doing + " at " + to_string(site.where) +
+      " (" + cluster.describe(before.agent) + "): " +
       missing(cluster.agents[before.agent].kind, before_wrote, now, reading, actor.async_proxy);
   finding(reading ? "race: read after write" : before_wrote ? "race: write after write" : "race: write after read",
           actor.where, message);

@@ -22,7 +22,8 @@ void check_range(const Cta& cta, uint32_t address, uint32_t bytes, uint32_t alig
   }
   if (address % alignment) {
     finding("misaligned shared address", where,
-            std::string(doing) + " at " + hex(address) + " has to be aligned to " + std::to_string(alignment) + " bytes");
+            std::string(doing) + " at " + hex(address) + " has to be aligned to " + std::to_string(alignment) +
+                " bytes");
     give_up();
   }
 }

@@ -92,6 +92,9 @@ void stmatrix(uint32_t address, const uint32_t (&r)[4], bool transposed, const W
   }
 }
 
-void set_max_registers(int registers) { current().max_registers = registers; }
+void set_max_registers(int registers, const Where& where) {
+  current().max_registers = registers;
+  current().max_registers_where = where;
+}
 
 }  // namespace emulator

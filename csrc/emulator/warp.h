@@ -31,6 +31,6 @@ void warp_thread_exit(Cta& cta, uint32_t warp);
 void ldmatrix(uint32_t (&r)[4], uint32_t address, bool transposed, const Where& where);
 void stmatrix(uint32_t address, const uint32_t (&r)[4], bool transposed, const Where& where);
 
-void set_max_registers(int registers);
+void set_max_registers(int registers, const Where& where);
 
 }  // namespace emulator

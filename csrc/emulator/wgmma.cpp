@@ -132,21 +132,28 @@ void check_descriptor(Cta& cta, uint64_t bits, const char* operand, bool mn_majo
   });
 }
 
+// Warp w reads rows 16w to 16w + 15 of A; every warp reads all of B.
 void remember_reads(Cta& cta, Warpgroup& warpgroup, WgmmaOperation& op, size_t number) {
   Actor actor;
-  actor.known = op.known.take();
   actor.agent = warpgroup.agent;
   actor.time = number + 1;
   actor.doing = op.shape.a_in_registers ? "wgmma_rs" : "wgmma_ss";
   actor.where = op.where;
   actor.async_proxy = true;
-  const auto read = [&](uint32_t address, int, int) { cta.shadow.read(address, 16, actor); };
+  Clock by_warp[4];
+  ClockMeet by_all;
+  for (int w = 0; w < 4; ++w) by_all.add(by_warp[w] = op.known[w].take());
   if (!op.shape.a_in_registers) {
     check_descriptor(cta, op.a, "A", op.shape.a_mn_major, M, op.where);
-    for_each_chunk(Descriptor(op.a), op.shape.a_mn_major, M, read);
+    for_each_chunk(Descriptor(op.a), op.shape.a_mn_major, M, [&](uint32_t address, int m, int) {
+      actor.known = by_warp[m / 16];
+      cta.shadow.read(address, 16, actor);
+    });
   }
   check_descriptor(cta, op.b, "B", op.shape.b_mn_major, op.shape.n, op.where);
-  for_each_chunk(Descriptor(op.b), op.shape.b_mn_major, op.shape.n, read);
+  actor.known = by_all.take();
+  for_each_chunk(Descriptor(op.b), op.shape.b_mn_major, op.shape.n,
+                 [&](uint32_t address, int, int) { cta.shadow.read(address, 16, actor); });
 }
 
 bool same(const WgmmaShape& a, const WgmmaShape& b) {
@@ -162,7 +169,8 @@ void hand_over(Thread& thread, WgmmaOperation& op, float* d, size_t number) {
                                  [&](const WgmmaThread::InFlight& f) { return f.accumulator->d[t] == d; });
   if (held != in_flight.end()) {
     if (held->accumulator->n != n || (op.d && op.d != held->accumulator)) {
-      finding("wgmma not uniform", op.where, "the accumulators are in flight with another shape, or in other threads not");
+      finding("wgmma not uniform", op.where,
+              "the accumulators are in flight with another shape, or not in the other threads");
       give_up();
     }
     op.d = held->accumulator;
@@ -216,7 +224,7 @@ void wgmma_issue(const WgmmaShape& shape, float* d, const uint32_t* a_registers,
             "the threads of a warpgroup give it different operands (the others at " + to_string(op.where) + ")");
     give_up();
   }
-  op.known.add(thread.known, thread.agent, thread.time);
+  op.known[t / 32].add(thread.known, thread.agent, thread.time);
   hand_over(thread, op, d, number);
   if (a_registers) {
     op.a_registers[t] = a_registers;
@@ -319,7 +327,8 @@ void wgmma_thread_exit(Thread& thread) {
   const WgmmaThread& wgmma = thread.wgmma;
   if (wgmma.waited == wgmma.issued) return;
   Warpgroup& warpgroup = thread.cta->warpgroup_of(thread);
-  finding("wgmma never waited for", warpgroup.operation(wgmma.waited).where, "the thread exits with no wgmma_wait for it");
+  finding("wgmma never waited for", warpgroup.operation(wgmma.waited).where,
+          "the thread exits with no wgmma_wait for it");
 }
 
 }  // namespace emulator

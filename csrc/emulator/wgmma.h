@@ -39,7 +39,7 @@ struct WgmmaOperation {
   std::shared_ptr<Accumulator> d;
   const uint32_t* a_registers[128] = {};
   uint32_t a_at_issue[128][4] = {};
-  ClockMeet known;
+  ClockMeet known[4];     // by all threads of each warp
 };
 
 struct Warpgroup {

@@ -100,13 +100,15 @@ def extract(cuobjdump: str, binary: Path, folder: Path) -> list[Path]:
 def _report(case: CudaCase, arch: str, usage: Usage, opcodes: Counter[str]) -> Report:
     """Shared memory that only the launcher knows of is not in the binary: with it, fewer blocks may be resident."""
     card = CARDS[arch]
-    blocks = card.blocks(usage.registers, case.num_warps, usage.shared)
+    # From Hopper on, what the system adds to each block is reported with it.
+    shared = max(usage.shared - card.shared_reserved, 0) if arch == "sm_90" else usage.shared
+    blocks = card.blocks(usage.registers, case.num_warps, shared)
     return Report(
         case.name,
         arch,
         registers=usage.registers,
         stack=usage.stack,
-        shared=usage.shared,
+        shared=shared,
         blocks=blocks,
         occupancy=blocks * case.num_warps / card.max_warps,
         half_dots=int("attention" in case.name.rpartition("/")[2].partition("<")[0]),

@@ -14,7 +14,7 @@ constexpr int BACKWARD_ELEMENTS = 16;  // of each of two matrices, of weight, an
 
 template <class T> constexpr int PACK = 16 / int(sizeof(T));  // elements of a pack, by the dtype of x
 
-template <class T, int E, int PACKS, Bug BUG> struct Chunk {
+template <class T, int E, int PACKS, class Planted> struct Chunk {
   static constexpr int ACCESSES = Pack<T, E>::WORDS / 4;
   using Access = ptx::packet<uint32_t, 4>;
   Pack<T, E> pack[PACKS];
@@ -37,17 +37,24 @@ template <class T, int E, int PACKS, Bug BUG> struct Chunk {
       for (int w = 0; w < 4; ++w) pack[i / ACCESSES].word[i % ACCESSES * 4 + w] = access[w];
     }
   }
+  // Between passes: makes the compiler convert again, so that halves, not fp32, are live across the reduction.
+  __device__ __forceinline__ void hold() {
+#pragma unroll
+    for (int v = 0; v < PACKS; ++v)
+#pragma unroll
+      for (int w = 0; w < Pack<T, E>::WORDS; ++w) asm volatile("" : "+r"(pack[v].word[w]));
+  }
 
  private:
   __device__ __forceinline__ static uint32_t address(int c, int i) {
-    const uint32_t thread = BUG == Bug::UnsharedKeep ? threadIdx.x / 2 : threadIdx.x;
+    const uint32_t thread = Planted::has(Bug::SharedKeep) ? threadIdx.x / 2 : threadIdx.x;
     return ptx::dynamic_shared() + REDUCTION_BYTES + ((c * PACKS * ACCESSES + i) * blockDim.x + thread) * 16;
   }
 };
 
 // First element of a thread's pack v of chunk c.
-template <int E, int PACKS, Bug BUG>
-__device__ __forceinline__ int pack_begin(const Team<BUG>& team, int c, int v, int shift) {
+template <int E, int PACKS, class Planted>
+__device__ __forceinline__ int pack_begin(const Team<Planted>& team, int c, int v, int shift) {
   return ((c * PACKS + v) * team.width() + team.place()) * E - shift;
 }
 

@@ -1,7 +1,7 @@
 // How many threads and CTAs share a row, chosen by a pure function.
 //
 //   packs of a row <= 32             8, 16 or 32 threads, one pack each; several rows per CTA
-//   up to 512 threads' registers     64 to 512 threads
+//   up to 512 threads' registers     32 to 512 threads, of 128 at least in a CTA
 //   more than these hold, sm_90      a cluster of 2 to 8 CTAs of 256 or 512 threads
 //   longer still                     chunks, of which shared memory keeps what it can
 #pragma once
@@ -40,7 +40,8 @@ struct RowProblem {
 
 struct RowLimits {
   bool clusters;
-  int shared;  // bytes of a CTA
+  int shared;                 // bytes of a CTA
+  int threads = MAX_THREADS;  // of a CTA, from 64 on
 };
 
 constexpr int LEAST_THREADS = 128;  // of a CTA
@@ -49,10 +50,13 @@ constexpr int LEAST_THREADS = 128;  // of a CTA
 inline std::string illegal(const RowConfig& c, const RowProblem& p, const RowLimits& limits) {
   const auto power_of_2 = [](int x) { return x > 0 && (x & (x - 1)) == 0; };
   if (!power_of_2(c.threads_per_row) || c.threads_per_row < 8) return "threads_per_row is no power of two from 8 on";
-  if (c.threads % c.threads_per_row || c.threads > MAX_THREADS) return "threads is no multiple of threads_per_row, or too many";
+  if (c.threads % c.threads_per_row || c.threads > std::max(limits.threads, LEAST_THREADS))
+    return "threads is no multiple of threads_per_row, or too many";
   if (!power_of_2(c.cluster) || c.cluster > MAX_CLUSTER) return "cluster is none of 1, 2, 4 and 8";
   if (c.cluster > 1 && !limits.clusters) return "there are no clusters before sm_90";
-  if (c.cluster > 1 && (c.threads != c.threads_per_row || c.threads < 64)) return "a cluster's CTA has more than one row";
+  if (c.cluster > 1 && c.threads_per_row < 64) return "a CTA of a cluster has less than two warps";
+  if ((c.cluster > 1 || c.chunks > 1) && c.threads != c.threads_per_row)
+    return "a CTA that has only a part of a row at once has more than one row";
   if (int64_t(c.chunks) * c.threads_per_row * c.cluster * p.elements < p.N + (p.shifted ? p.pack - 1 : 0))
     return "the chunks do not cover the row";
   if (c.shared_bytes > static_cast<uint32_t>(limits.shared)) return "a CTA has less shared memory";
@@ -74,15 +78,16 @@ inline RowConfig choose(const RowProblem& p, const RowLimits& limits) {
   if (packs <= 32) {
     c.threads_per_row = std::max(8, next_power_of_2(packs));
   } else {
-    c.threads_per_row = std::clamp(next_power_of_2(full), 32, MAX_THREADS);
-    if (limits.clusters && full > MAX_THREADS) {
-      c.cluster = std::min(next_power_of_2((full + 255) / 256), MAX_CLUSTER);
-      c.threads_per_row = std::clamp(next_power_of_2((full + c.cluster - 1) / c.cluster), 64, MAX_THREADS);
+    c.threads_per_row = std::clamp(next_power_of_2(full), 32, limits.threads);
+    if (limits.clusters && full > limits.threads) {
+      const int half = std::max(limits.threads / 2, 64);
+      c.cluster = std::min(next_power_of_2((full + half - 1) / half), MAX_CLUSTER);
+      c.threads_per_row = std::clamp(next_power_of_2((full + c.cluster - 1) / c.cluster), 64, limits.threads);
     }
   }
-  c.threads = std::max(c.threads_per_row, LEAST_THREADS);
   const int64_t a_chunk = int64_t(c.threads_per_row) * c.cluster;
   c.chunks = static_cast<int>((full + a_chunk - 1) / a_chunk);
+  c.threads = c.cluster > 1 || c.chunks > 1 ? c.threads_per_row : std::max(c.threads_per_row, LEAST_THREADS);
   const uint32_t kept_bytes = static_cast<uint32_t>(p.kept_bytes) * c.threads;
   if (kept_bytes) c.kept = std::min<int>(c.chunks - 1, (limits.shared - REDUCTION_BYTES) / kept_bytes);
   c.shared_bytes = REDUCTION_BYTES + c.kept * kept_bytes;

@@ -2,8 +2,9 @@
 #pragma once
 #include <launch.h>
 #include <rows/config.h>
-#include <rows/supports_clusters.h>
+#include <rows/target.h>
 
+#include <initializer_list>
 #include <stdexcept>
 
 namespace rows {
@@ -14,7 +15,7 @@ template <class F> void with_dtype(Dtype dtype, F f) {
   else f(ptx::fp16{});
 }
 
-template <class Kernel> RowLimits limits(Kernel kernel) { return {supports_clusters(kernel), shared_limit()}; }
+template <class Kernel> RowLimits limits(Kernel kernel) { return limits_on(supports_clusters(kernel), shared_limit()); }
 
 // Bytes of one access to E neighbours.
 inline int access_bytes(Dtype dtype, int E) { return std::min(16, E * size_of(dtype)); }
@@ -32,6 +33,15 @@ inline bool alike(const Matrix& a, const Matrix& b) {
   bool same = reinterpret_cast<uintptr_t>(a.data) % 16 == reinterpret_cast<uintptr_t>(b.data) % 16 && a.dtype == b.dtype;
   for (int d = 0; d < 3; ++d) same &= (a.step[d] - b.step[d]) * size_of(a.dtype) % 16 == 0;
   return same;
+}
+
+// Where the first matrix's rows are not aligned, but all matrices' rows alike, packs may be aligned in memory instead.
+inline void shift_unaligned(Walk& walk, std::initializer_list<Matrix*> matrices) {
+  const Matrix& first = **matrices.begin();
+  walk.shifted = !first.wide;
+  for (const Matrix* m : matrices) walk.shifted &= !m->data || alike(first, *m);
+  if (walk.shifted)
+    for (Matrix* m : matrices) m->wide = true;
 }
 
 // Grid of one CTA, or cluster, per group of rows; and `walk` as the kernel reads it.

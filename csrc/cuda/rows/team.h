@@ -8,7 +8,7 @@
 #include <ptx/named_barrier.h>
 #include <ptx/shared.h>
 #include <ptx/warp.h>
-#include <rows/planted_bug.h>
+#include <rows/planted_bugs.h>
 
 namespace rows {
 
@@ -19,10 +19,15 @@ constexpr bool HAS_CLUSTERS = true;
 #endif
 
 constexpr int MAX_THREADS = 512, MAX_WARPS = MAX_THREADS / 32, MAX_CLUSTER = 8;
+
+// Threads that an SM has room for at once, by their registers; as the bound of a launch, a limit of registers.
+constexpr int RESIDENT = 640;          // 96 registers
+constexpr int SUMMING_RESIDENT = 512;  // 128, with dweight and dbias among them
+
 constexpr int SLOT = 16;                                             // bytes: FIELDS <= 4
 constexpr int REDUCTION_BYTES = 2 * (MAX_WARPS + MAX_CLUSTER) * SLOT;  // two rounds, which take turns
 
-template <Bug BUG> struct Team {
+template <class Planted> struct Team {
   int threads;        // of this CTA that share a row
   int thread;         // this one's number among them
   int group;          // which of the CTA's rows
@@ -38,7 +43,8 @@ template <Bug BUG> struct Team {
       cluster = walk.cluster;
       if (cluster > 1) {
         rank = ptx::cluster_rank();
-        ptx::cluster_sync();  // every CTA has begun: its shared memory may be written
+        // Every CTA has begun: its shared memory may be written.
+        if (!Planted::has(Bug::NoStartSync)) ptx::cluster_sync();
       }
     }
   }
@@ -51,13 +57,13 @@ template <Bug BUG> struct Team {
 
   template <class V> __device__ __forceinline__ V reduce(V v) {
     v = butterfly(v, threads < 32 ? threads : 32);
-    if (threads <= 32) return v;
+    if (threads <= 32 || Planted::has(Bug::WarpOnly)) return v;
     const int warp = thread / 32, lane = thread % 32, warps = threads / 32;
     const uint32_t turn = slots + round * (MAX_WARPS + MAX_CLUSTER) * SLOT;
-    if constexpr (BUG != Bug::OneRound) round ^= 1;  // what this round reads, the next one does not write
+    if (!Planted::has(Bug::OneRound)) round ^= 1;  // what this round reads, the next one does not write
     const uint32_t mine = turn + group * warps * SLOT;
     if (lane == 0) write(mine + warp * SLOT, v);
-    if constexpr (BUG != Bug::NoBarrier) ptx::barrier_sync(1 + group, threads);
+    if (!Planted::has(Bug::NoBarrier)) ptx::barrier_sync(1 + group, threads);
     v = butterfly(read<V>(mine + lane % warps * SLOT), warps);
     if constexpr (HAS_CLUSTERS) {
       if (cluster > 1) {
@@ -65,9 +71,9 @@ template <Bug BUG> struct Team {
         if (thread < cluster) {
 #pragma unroll
           for (int f = 0; f < V::FIELDS; ++f)
-            ptx::st_shared_cluster(totals + rank * SLOT + 4 * f, BUG == Bug::OwnTotals ? rank : thread, v.field[f]);
+            ptx::st_shared_cluster(totals + rank * SLOT + 4 * f, Planted::has(Bug::OwnTotals) ? rank : thread, v.field[f]);
         }
-        if constexpr (BUG != Bug::NoClusterSync) ptx::cluster_sync();
+        if (!Planted::has(Bug::NoClusterSync)) ptx::cluster_sync();
         v = butterfly(read<V>(totals + lane % cluster * SLOT), cluster);
       }
     }

@@ -214,7 +214,10 @@ __device__ __forceinline__ void consume(const ForwardArguments& p, const SharedL
     if (rows.others_follow(p) && !Planted::has(Bug::StoreBeyondSequence)) {
       ptx::warp_sync();
       attention::store_rows<T, C.D_v>(o_tile, rows, p, thread);
-      if (!C.o_apart()) warpgroup_sync(w);
+      if (!C.o_apart()) {  // TMA loads the next Q here
+        ptx::fence_proxy_async();
+        warpgroup_sync(w);
+      }
     } else {
       if (!Planted::has(Bug::NoProxyFence)) ptx::fence_proxy_async();
       if (!Planted::has(Bug::NoEpilogueBarrier)) warpgroup_sync(w);

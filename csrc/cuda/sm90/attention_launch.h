@@ -53,7 +53,7 @@ ptx::TensorMap tensor_map(const char* name, const void* base, const void* substi
 }
 
 // Order and number of the items; see attention/scheduler.h.
-inline void schedule(ForwardArguments& a, const AttentionConfig& C, bool bounded_right, bool bounded) {
+inline void schedule(ForwardArguments& a, const AttentionConfig& C, bool bounded_right, bool bounded, int sms) {
   constexpr int64_t L2_BYTES = 32 << 20;  // of 50 MiB, for K and V of a section
   const bool varlen = a.cu_seqlens_q != nullptr;
   const int64_t kv_bytes = static_cast<int64_t>(a.S_k) * (C.D + C.D_v) * 2;
@@ -65,7 +65,7 @@ inline void schedule(ForwardArguments& a, const AttentionConfig& C, bool bounded
     a.m_blocks = attention::varlen_slots(a.S_q, a.B, C.BLOCK_M >> a.log2_P);
   } else {
     const int rows = a.S_q << a.log2_P, blocks = (rows + C.BLOCK_M - 1) / C.BLOCK_M;
-    if (!a.dynamic && blocks > 1) a.cluster = C.CLUSTER;
+    if (!a.dynamic && blocks > 1 && sms >= C.CLUSTER) a.cluster = C.CLUSTER;
     a.m_blocks = (blocks + a.cluster - 1) / a.cluster;
   }
   a.section = a.dynamic ? static_cast<int>(std::max<int64_t>(L2_BYTES / std::max<int64_t>(kv_bytes, 1), 1)) : 1;
@@ -75,7 +75,7 @@ inline void schedule(ForwardArguments& a, const AttentionConfig& C, bool bounded
 }
 
 template <class T, class Config>
-ForwardArguments forward_arguments(const AttentionForwardParams& x) {
+ForwardArguments forward_arguments(const AttentionForwardParams& x, int sms) {
   constexpr AttentionConfig C = Config::value;
   constexpr uint32_t Q_PANEL = attention::Panels<C.D>::WIDTH, V_PANEL = attention::Panels<C.D_v>::WIDTH;
   ForwardArguments a{};
@@ -97,7 +97,7 @@ ForwardArguments forward_arguments(const AttentionForwardParams& x) {
   a.window_right = static_cast<int>(std::clamp(x.right, -all, all));
   const bool bounded_right = x.right < all, bounded = bounded_right || x.left < all;
   a.hidden_keys = varlen || bounded;
-  schedule(a, C, bounded_right, bounded);
+  schedule(a, C, bounded_right, bounded, sms);
 
   const uint32_t p = P, keys = C.BLOCK_N / a.cluster;
   a.q_map = tensor_map<T, C.D, 5>("q", x.q, x.q,
@@ -117,9 +117,10 @@ template <class T, class Config, class Planted = NoBugs>
 void launch_attention_forward(const AttentionForwardParams& x, cudaStream_t stream) {
   constexpr AttentionConfig C = Config::value;
   if (x.B == 0 || x.H == 0 || x.S_q == 0) return;
-  const ForwardArguments a = forward_arguments<T, Config>(x);
+  const int sms = sm_count();
+  const ForwardArguments a = forward_arguments<T, Config>(x, sms);
   if (a.dynamic && a.counter == nullptr) throw std::invalid_argument("`counter` is missing; this call needs one.");
-  const int ctas = std::min(a.n_items, sm_count() / a.cluster) * a.cluster;
+  const int ctas = std::min(a.n_items, sms / a.cluster) * a.cluster;
   LaunchShape shape{dim3(ctas), C.threads(), C.shared_bytes(), a.cluster};
   launch(attention_forward_kernel<T, Config, Planted>, shape, stream, a);
 }

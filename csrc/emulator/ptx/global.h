@@ -5,7 +5,10 @@
 
 namespace ptx {
 
-template <class T> T ld_global(const T* p) { return *p; }
+template <class T> T ld_global(const T* p) {
+  emulator::poll();
+  return *p;
+}
 template <class T> T ld_global_nc(const T* p) { return *p; }
 template <class T> T ld_global_streaming(const T* p) { return *p; }
 template <class T> void st_global(T* p, T v) { *p = v; }

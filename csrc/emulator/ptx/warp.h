@@ -31,13 +31,13 @@ inline bool elect_one(Where where = Where::here()) {
   return threadIdx.x % 32 == 0;
 }
 
-template <int N> void setmaxnreg_inc() {
+template <int N> void setmaxnreg_inc(Where where = Where::here()) {
   static_assert(N % 8 == 0 && N >= 24 && N <= 256, "a multiple of 8 from 24 to 256");
-  emulator::set_max_registers(N);
+  emulator::set_max_registers(N, where);
 }
-template <int N> void setmaxnreg_dec() {
+template <int N> void setmaxnreg_dec(Where where = Where::here()) {
   static_assert(N % 8 == 0 && N >= 24 && N <= 256, "a multiple of 8 from 24 to 256");
-  emulator::set_max_registers(N);
+  emulator::set_max_registers(N, where);
 }
 
 }  // namespace ptx

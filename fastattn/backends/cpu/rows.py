@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, get_num_threads
 
-from fastattn.backends.cpu.layout import dense, ready, vector, written
+from fastattn.backends.cpu.layout import Lines, dense, lines, merge, ready, vector, written
 from fastattn.backends.cpu.module import DTYPES, load
-from fastattn.spec import NormSpec, Spec
+from fastattn.spec import (
+    CrossEntropySpec,
+    DropoutAddSpec,
+    GatedSpec,
+    LinearCrossEntropySpec,
+    NormSpec,
+    RotarySpec,
+    SoftmaxSpec,
+    Spec,
+)
 
 
 def unsupported(spec: Spec) -> str | None:
@@ -18,6 +28,14 @@ def unsupported(spec: Spec) -> str | None:
         named = (("weight", spec.weight_dtype), ("bias", spec.bias_dtype), ("residual", spec.residual_dtype))
         for argument, dtype in named:
             if dtype is not None and dtype not in DTYPES:
+                return f"{argument} of dtype {_name(dtype)} (it has float16, bfloat16 and float32)"
+    if isinstance(spec, LinearCrossEntropySpec):
+        return unsupported(spec.loss)
+    if isinstance(spec, CrossEntropySpec):
+        if spec.differentiates is not None:
+            return f"a gradient of {spec.differentiates} (its kernels have that of the logits)"
+        for argument, dtype in (("target", spec.target_dtype), ("weight", spec.weight_dtype)):
+            if dtype is not None and dtype.is_floating_point and dtype not in DTYPES:
                 return f"{argument} of dtype {_name(dtype)} (it has float16, bfloat16 and float32)"
     return None
 
@@ -122,5 +140,204 @@ def _norm_backward_of_sum(
         drop_and_add(dx.view(dh.shape).flatten(lead), None, dh.flatten(lead), seed, spec.dropout_p)
 
 
+def softmax_forward(y: Tensor, x: Tensor, mask: Tensor | None, spec: SoftmaxSpec) -> None:
+    """Fills y, which may be x."""
+    if x.numel() == 0:
+        return
+    if mask is None and not spec.causal and spec.dim == -1 and x.is_contiguous():
+        N = x.shape[-1] if x.dim() else 1
+        sizes, y_at, x_at = (1, 1, x.numel() // N, N), dense(y, N), dense(x, N)
+        load().softmax_forward(
+            sizes, y_at, x_at, None, (1, 1, 0), False, spec.scale, spec.log, False, 0, get_num_threads()
+        )  # fmt: skip
+        return
+    x, out = torch.atleast_1d(x, y)
+    mask = None if mask is None else mask.expand(x.shape)
+    found, columns, (out, x, mask) = _softmax_lines((out, x), mask, spec)
+    load().softmax_forward(
+        (*found.sizes, found.N), found.address(0, out), found.address(1, x),
+        None if mask is None else found.address(2, mask), (*found.along, 0)[:3], columns,
+        spec.scale, spec.log, spec.causal, spec.shift(found.sizes[2], found.N) if spec.causal else 0, get_num_threads(),
+    )  # fmt: skip
+    if out.data_ptr() != y.data_ptr():
+        y.copy_(out.view(y.shape))
+
+
+def softmax_backward(dx: Tensor | None, dy: Tensor | None, y: Tensor, mask: Tensor | None, spec: SoftmaxSpec) -> None:
+    """Fills dx, if there is one, from dy and the forward's result y."""
+    if dx is None or y.numel() == 0:
+        return
+    if dy is None:
+        dx.zero_()
+        return
+    d, g, p = torch.atleast_1d(dx, dy, y)
+    mask = None if mask is None else mask.expand(p.shape)
+    found, columns, (d, g, p, mask) = _softmax_lines((d, g, p), mask, spec)
+    load().softmax_backward(
+        (*found.sizes, found.N), found.address(0, d), found.address(1, g), found.address(2, p),
+        None if mask is None else found.address(3, mask), (*found.along, 0)[:4], columns,
+        spec.scale, spec.log, spec.causal, spec.shift(found.sizes[2], found.N) if spec.causal else 0, get_num_threads(),
+    )  # fmt: skip
+    if d.data_ptr() != dx.data_ptr():
+        dx.copy_(d.view(dx.shape))
+
+
+def _softmax_lines(
+    tensors: Sequence[Tensor], mask: Tensor | None, spec: SoftmaxSpec
+) -> tuple[Lines, bool, tuple[Tensor | None, ...]]:
+    """Lines of contiguous elements; or, True, of neighbours side by side. Tensors that have neither are copied."""
+    own = -2 if spec.causal else None
+    everything = tensors if mask is None else (*tensors, mask)
+    found = lines(everything, spec.dim, own)
+    if found is not None:
+        n = len(tensors)
+        if all(step == 1 for step in found.along[:n]) or found.N == 1:
+            if mask is None or found.along[n] in (0, 1) or found.N == 1:
+                return found, False, (*tensors, mask)
+        elif not spec.causal and all(steps[2] == 1 for steps in found.steps[:n]):
+            return found, True, (*tensors, mask)
+    lead = [t.movedim(spec.dim, -1) for t in everything]
+    copies = [t.contiguous() for t in lead]
+    if copies[0].data_ptr() == tensors[0].data_ptr() and copies[0].stride() != tensors[0].stride():
+        copies[0] = lead[0].clone(memory_format=torch.contiguous_format)
+    found = lines(copies, -1, own)
+    assert found is not None  # contiguous tensors have one dimension of rows, or two
+    back = copies[0].movedim(-1, spec.dim)
+    return found, False, (back, *copies[1:], *(() if mask is not None else (None,)))
+
+
+_ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
+
+
+def _pieces(
+    tensors: tuple[Tensor | None, ...], written: int
+) -> tuple[tuple[int, int, int], int, list, tuple[Tensor | None, ...]]:
+    """For an elementwise kernel: rows, their length, what it takes of each tensor, and the tensors, of which the first
+    `written` are results. They are copied if nothing along which all are contiguous is left."""
+    first = next(t for t in tensors if t is not None)
+    if all(t is None or t.is_contiguous() for t in tensors):
+        return (1, 1, 1), first.numel(), [dense(t, 0) for t in tensors], tensors
+    present = [t for t in tensors if t is not None]
+    order = sorted(range(first.dim()), key=lambda d: first.stride(d), reverse=True)
+    permuted = [t.permute(order) for t in present]
+    folded = merge(range(first.dim()), permuted[0].shape, [t.stride() for t in permuted])
+    if 1 <= len(folded) <= 4 and all(step == 1 for step in folded[-1][1]):
+        folded = [(1, (0,) * len(present))] * (4 - len(folded)) + folded
+        sizes, steps = zip(*folded, strict=True)
+        at = iter((t.data_ptr(), *(step[i] for step in steps[:3]), DTYPES[t.dtype]) for i, t in enumerate(present))
+        return sizes[:3], sizes[3], [None if t is None else next(at) for t in tensors], tensors
+    copies = tuple(t if t is None else t.contiguous() for t in tensors)
+    return (1, 1, 1), first.numel(), [dense(t, 0) for t in copies], copies
+
+
+def _put_back(tensors: Sequence[Tensor | None], used: Sequence[Tensor | None]) -> None:
+    """Results that were computed in a copy."""
+    for t, copy in zip(tensors, used, strict=False):
+        if t is not None and copy is not None and copy is not t:
+            t.copy_(copy)
+
+
+def gated_forward(y: Tensor, gate: Tensor, up: Tensor, spec: GatedSpec) -> None:
+    if y.numel() == 0:
+        return
+    sizes, N, at, used = _pieces((y, gate, up), 1)
+    load().gated_forward(sizes, N, *at, _ACTIVATIONS[spec.activation], get_num_threads())
+    if used[0] is not y:
+        y.copy_(used[0])
+
+
+def gated_backward(
+    dgate: Tensor | None, dup: Tensor | None, dy: Tensor, gate: Tensor, up: Tensor, spec: GatedSpec
+) -> None:
+    if gate.numel() == 0:
+        return
+    sizes, N, at, used = _pieces((dgate, dup, dy, gate, up), 2)
+    load().gated_backward(sizes, N, *at, _ACTIVATIONS[spec.activation], get_num_threads())
+    _put_back((dgate, dup), used)
+
+
+def rotary_embedding(
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor | None,
+    cu_seqlens: Tensor | None,
+    spec: RotarySpec,
+    inverse: bool = False,
+) -> None:
+    """For each pair (y, x), of which there are one or two: y is x rotated, or rotated back."""
+    packed = pairs[0][0].dim() == 3
+    heads, kept, results = [], [], []
+    for y, x in pairs:
+        out = y
+        if y.stride(-1) != 1 and y.shape[-1] > 1:
+            out = torch.empty_like(y, memory_format=torch.contiguous_format)
+            results.append((y, out))
+        if x is y:
+            source = x if out is y else out.copy_(x)
+        else:
+            source = x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+        kept += [out, source]
+        if packed:
+            (s1, h1, _), (s2, h2, _) = out.stride(), source.stride()
+            heads.append((out.data_ptr(), source.data_ptr(), x.shape[1], 0, h1, s1, 0, h2, s2))
+        else:
+            heads.append((out.data_ptr(), source.data_ptr(), x.shape[1], *out.stride()[:3], *source.stride()[:3]))
+    x = pairs[0][1]
+    B, S = (1, x.shape[0]) if packed else (x.shape[0], x.shape[2])
+    if B * S == 0:
+        return
+    if cos.dtype != torch.float32 or not cos.is_contiguous():
+        cos = cos.float().contiguous()
+    if sin.dtype != torch.float32 or not sin.is_contiguous():
+        sin = sin.float().contiguous()
+    rows, half = cos.shape[-2:]
+    table = (cos.data_ptr(), sin.data_ptr(), rows, rows * half if cos.dim() == 3 and cos.shape[0] > 1 else 0)
+    places = (0, 0, 0, 0)
+    if position_ids is not None:
+        position_ids = position_ids.long().expand(B, S).contiguous()
+        places = (position_ids.data_ptr(), S, 0, 0)
+    elif cu_seqlens is not None:
+        cu_seqlens = cu_seqlens.int().contiguous()
+        places = (0, 0, cu_seqlens.data_ptr(), cu_seqlens.shape[0] - 1)
+    load().rotary(
+        tuple(heads), DTYPES[x.dtype], (B, S, x.shape[-1], half), table, places, spec.interleaved, inverse,
+        get_num_threads(),
+    )  # fmt: skip
+    for y, out in results:
+        y.copy_(out)
+
+
+def dropout_add_forward(y: Tensor, residual: Tensor, x: Tensor, seed: Tensor, spec: DropoutAddSpec) -> None:
+    drop_and_add(y, residual, x, seed, spec.dropout_p)
+
+
+def dropout_add_backward(dx: Tensor, dy: Tensor, seed: Tensor, spec: DropoutAddSpec) -> None:
+    drop_and_add(dx, None, dy, seed, spec.dropout_p)
+
+
 def drop_and_add(y: Tensor, residual: Tensor | None, x: Tensor, seed: Tensor, dropout_p: float) -> None:
-    raise NotImplementedError
+    """y = residual + dropout(x), by rows of the last dimension; y may be residual."""
+    if y.numel() == 0:
+        return
+    tensors = (y, x) if residual is None else (y, x, residual)
+    if all(t.is_contiguous() for t in tensors):
+        N = y.shape[-1] if y.dim() else 1
+        load().dropout_add(
+            (1, 1, y.numel() // N), N, dense(y, N), dense(residual, N), dense(x, N), seed.data_ptr(), dropout_p,
+            get_num_threads(),
+        )  # fmt: skip
+        return
+    found = lines(tensors, -1, in_order=True)
+    if found is None or (found.N > 1 and any(step != 1 for step in found.along)):
+        # y itself may be residual, whose memory is then kept.
+        dense_y = torch.empty_like(y, memory_format=torch.contiguous_format)
+        residual = None if residual is None else residual.contiguous()
+        drop_and_add(dense_y, residual, x.contiguous(), seed, dropout_p)
+        y.copy_(dense_y)
+        return
+    residual_at = None if residual is None else found.address(2, residual)
+    load().dropout_add(
+        found.sizes, found.N, found.address(0, y), residual_at, found.address(1, x), seed.data_ptr(), dropout_p,
+        get_num_threads(),
+    )  # fmt: skip

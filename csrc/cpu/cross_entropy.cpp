@@ -1,0 +1,296 @@
+// s = softcap · tanh(x / softcap)   or x          log p_j = (s_j - max s) - log Σ exp(s_l - max s)
+// loss of a row = -Σ_j q_j log p_j + z_loss · lse²          lse = max s + log Σ exp(s_l - max s)
+// dx_j = (Σ q p_j - q_j + 2 z_loss lse p_j) · ds_j / dx_j   ds / dx = 1 - (s / softcap)²  or 1
+//
+// q_j = (1 - ε) w_t [j = t] + ε / V · w_j         for a class t of V, w = 1 without class weights
+// q_j = w_j ((1 - ε) y_j + ε / V)                 for probabilities y
+//
+// A row is read twice: for its maximum and sum, kept up to date block by block, and for its gradient, which may be
+// written over it. One to be ignored is not read at all. q of a class without weights is a constant and a spike; other
+// q, and scores with a cap, are kept in a row of fp32. Row losses are added up in one order.
+#include "cross_entropy.h"
+
+#include "exponential.h"
+#include "row_loops.h"
+
+namespace fastattn::FASTATTN_ISA {
+namespace {
+
+constexpr float INF = __builtin_inff(), NOT_A_NUMBER = __builtin_nanf("");
+constexpr int64_t BLOCK = 2048;  // columns between two looks at the maximum: they stay in the first cache
+
+struct Statistics {
+  float highest, log_sum;
+};
+
+// What is added to the row's sum of q everywhere, and at its class
+struct Target {
+  int64_t t;      // -1: none
+  float spike;    // q = constant + spike · [j = t], or the row q
+  float constant;
+  float total;    // Σ q
+  bool counts;
+  float poison;   // NaN where the class does not exist, else 0
+};
+
+FASTATTN_INLINE Vec finite_max(Vec m) { return select(m == broadcast(-INF), Vec{}, m); }
+
+// max s and Σ exp(s - max s) of (V,); a NaN is in the sum
+template <class S>
+Statistics statistics(const S* s, int64_t V) {
+  Vec most[4], sums[4] = {};
+  for (Vec& m : most) m = broadcast(-INF);
+  for (int64_t start = 0; start < V; start += BLOCK) {
+    const int64_t size = smaller(BLOCK, V - start);
+    Vec next[4] = {most[0], most[1], most[2], most[3]};
+    for_columns<4>(size, [&](int64_t n, auto part, int k) FASTATTN_LAMBDA {
+      next[k] = max(next[k], only(part, load(s + start + n, part), -INF));
+    });
+    Vec offset[4];
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) {
+      offset[k] = finite_max(next[k]);
+      sums[k] *= exp2_below((most[k] - offset[k]) * broadcast(LOG2_E));
+      most[k] = next[k];
+    }
+    for_columns<4>(size, [&](int64_t n, auto part, int k) FASTATTN_LAMBDA {
+      const Vec e = exp2_below((load(s + start + n, part) - offset[k]) * broadcast(LOG2_E));
+      sums[k] += only(part, e);
+    });
+  }
+  const float highest = reduce_max(max(max(most[0], most[1]), max(most[2], most[3])));
+  const Vec offset = finite_max(broadcast(highest));
+#pragma GCC unroll 4
+  for (int k = 0; k < 4; ++k) sums[k] *= exp2_below((most[k] - offset) * broadcast(LOG2_E));
+  return {highest, log(broadcast(total_of(sums)))[0]};
+}
+
+// Σ log p, or with Q Σ q log p
+template <bool Q, class S>
+float sum_log_p(const S* s, const float* q, Statistics row, int64_t V) {
+  const Vec highest = broadcast(row.highest), log_sum = broadcast(row.log_sum);
+  Vec sums[SUMS] = {};
+  for_columns<SUMS>(V, [&](int64_t n, auto part, int k) FASTATTN_LAMBDA {
+    Vec log_p = (load(s + n, part) - highest) - log_sum;
+    if (Q) log_p *= load(q + n, part);
+    sums[k] += only(part, log_p);
+  });
+  return total_of(sums);
+}
+
+// dx = (total · p - q + pull · p) · factor [· ds / dx]
+template <bool Q, bool CAP, class S, class T>
+void gradient(
+    T* dx, const S* s, const float* q, const Target& target, Statistics row, float pull, float factor, float cap,
+    int64_t V) {
+  const Vec highest = broadcast(row.highest), log_sum = broadcast(row.log_sum * LOG2_E);
+  const Vec total = broadcast(target.total), both = broadcast(target.total + pull), pull_ = broadcast(pull);
+  const Vec constant = broadcast(target.constant), factor_ = broadcast(factor);
+  const Vec inverse = broadcast(CAP ? 1.f / cap : 0.f);
+  // The class's entry apart: where p is close to q the difference of those two is small beside the pull.
+  float at_t = 0.f;
+  if (!Q && target.t >= 0) {
+    const float score = load_one(s + target.t);
+    const float p = exp2_below(broadcast((score - row.highest) * LOG2_E - row.log_sum * LOG2_E))[0];
+    at_t = ((target.total * p - (target.spike + target.constant)) + pull * p) * factor;
+    if (CAP) at_t *= 1.f - (score / cap) * (score / cap);
+  }
+  for_columns<4>(V, [&](int64_t n, auto part, int) FASTATTN_LAMBDA {
+    const Vec score = load(s + n, part);
+    const Vec p = exp2_below(fma(score - highest, broadcast(LOG2_E), -log_sum));
+    Vec d = Q ? fma(pull_, p, total * p - load(q + n, part)) : fma(both, p, -constant);
+    d *= factor_;
+    if (CAP) {
+      const Vec ratio = score * inverse;
+      d *= broadcast(1.f) - ratio * ratio;
+    }
+    store(dx + n, d, part);
+  });
+  if (!Q && target.t >= 0) store_one(dx + target.t, at_t);
+}
+
+// s (V,) = softcap · tanh(x / softcap)
+template <class T>
+void cap_scores(const T* x, float* s, float cap, int64_t V) {
+  const Vec inverse = broadcast(1.f / cap);
+  for_columns<1>(V, [&](int64_t n, auto part, int) FASTATTN_LAMBDA {
+    store(s + n, broadcast(cap) * tanh(load(x + n, part) * inverse), part);
+  });
+}
+
+// q (V,) from probabilities or from class t; returns Σ q
+template <class Y>
+float load_q(const CrossEntropy& p, const Y* y, const Target& target, float* q) {
+  const Vec keep = broadcast(1.f - p.smoothing), spread = broadcast(p.smoothing / (float)p.V);
+  for_columns<1>(p.V, [&](int64_t n, auto part, int) FASTATTN_LAMBDA {
+    Vec v = y == nullptr ? spread : fma(load(y + n, part), keep, spread);
+    if (p.weight != nullptr) v *= load(p.weight + n, part);
+    store(q + n, v, part);
+  });
+  if (target.t >= 0) q[target.t] += target.spike;
+  Vec sums[SUMS] = {};
+  for_columns<SUMS>(p.V, [&](int64_t n, auto part, int k) FASTATTN_LAMBDA { sums[k] += load(q + n, part); });
+  return total_of(sums);
+}
+
+// Whether q is more than a constant and a spike
+FASTATTN_INLINE bool has_row_of_q(const CrossEntropy& p) {
+  return p.q.data != nullptr || (p.smoothing != 0.f && p.weight != nullptr);
+}
+
+FASTATTN_INLINE Target target_of(const CrossEntropy& p, int64_t i) {
+  Target target{-1, 0.f, 0.f, 0.f, true, 0.f};
+  if (p.target == nullptr) return target;
+  const int64_t t = p.target[i];
+  target.counts = t != p.ignore_index;
+  if (!target.counts) return target;
+  const bool exists = t >= 0 && t < p.V;
+  target.t = exists ? t : -1;
+  target.poison = exists ? 0.f : NOT_A_NUMBER;
+  target.spike = (1.f - p.smoothing) * (!exists ? 0.f : p.weight == nullptr ? 1.f : p.weight[t]);
+  target.constant = p.smoothing / (float)p.V;
+  target.total = target.spike + p.smoothing;
+  return target;
+}
+
+FASTATTN_INLINE float load_vector(const Vector& v, int64_t i) {
+  float value = 0.f;
+  with_type(v.type, [&](auto type) FASTATTN_LAMBDA { value = load_one((const decltype(type)*)v.data + i); });
+  return value;
+}
+
+FASTATTN_INLINE float factor_of(const CrossEntropy& p, int64_t i) {
+  float factor = p.factor.data == nullptr ? 1.f : load_vector(p.factor, i * p.factor_step);
+  if (p.divisor != nullptr) factor /= *p.divisor;
+  return factor;
+}
+
+// One row; its statistics are given or, if known is null, found, and then its loss is returned.
+template <bool CAP, class S, class T>
+float finish_row(
+    const CrossEntropy& p, int64_t i, Place place, const S* s, const float* q, const Target& target,
+    Statistics* statistics_out, const Statistics* known) {
+  const int64_t V = p.V;
+  const Statistics row = known != nullptr ? *known : statistics(s, V);
+  if (statistics_out != nullptr) *statistics_out = row;
+  const float lse = row.highest + row.log_sum;
+  float loss = target.poison;
+  if (known == nullptr) {
+    if (q != nullptr) {
+      loss -= sum_log_p<true>(s, q, row, V);
+    } else {
+      if (target.t >= 0) loss -= target.spike * ((load_one(s + target.t) - row.highest) - row.log_sum);
+      if (target.constant != 0.f) loss -= target.constant * sum_log_p<false>(s, nullptr, row, V);
+    }
+    if (p.z_loss != 0.f) loss += p.z_loss * lse * lse;
+  }
+  if (p.dx.data != nullptr) {
+    T* dx = row_of<T>(p.dx, place);
+    const float pull = 2.f * p.z_loss * lse, factor = factor_of(p, i) + target.poison;
+    if (q != nullptr) {
+      gradient<true, CAP>(dx, s, q, target, row, pull, factor, p.softcap, V);
+    } else {
+      gradient<false, CAP>(dx, s, nullptr, target, row, pull, factor, p.softcap, V);
+    }
+  }
+  return loss;
+}
+
+template <class T>
+float one_row(
+    const CrossEntropy& p, int64_t i, float* room, int64_t width, Statistics* statistics_out, const Statistics* known) {
+  const Place place = place_of(p.rows, i);
+  Target target = target_of(p, i);
+  if (!target.counts) {
+    if (p.dx.data != nullptr) {
+      T* dx = row_of<T>(p.dx, place);
+      for_columns<1>(p.V, [&](int64_t n, auto part, int) FASTATTN_LAMBDA { store(dx + n, Vec{}, part); });
+    }
+    if (statistics_out != nullptr) *statistics_out = {-INF, -INF};
+    return 0.f;
+  }
+  const T* x = row_of<const T>(p.x, place);
+  const float* q = nullptr;
+  if (has_row_of_q(p)) {
+    q = room + width;
+    with_type(p.q.type, [&](auto type) FASTATTN_LAMBDA {
+      using Y = decltype(type);
+      target.total = load_q<Y>(p, p.q.data == nullptr ? nullptr : row_of<const Y>(p.q, place), target, room + width);
+    });
+  }
+  if (p.softcap == 0.f) return finish_row<false, T, T>(p, i, place, x, q, target, statistics_out, known);
+  cap_scores(x, room, p.softcap, p.V);
+  return finish_row<true, float, T>(p, i, place, room, q, target, statistics_out, known);
+}
+
+// row(i, room, width) for every row, with room for what a thread keeps of a row
+template <class Call>
+FASTATTN_INLINE void for_each_row(const CrossEntropy& p, int threads, const Call& call) {
+  const int64_t M = count(p.rows), width = (p.V + 15) / 16 * 16;
+  threads = threads_of(threads, M);
+  const int64_t room = p.softcap != 0.f || has_row_of_q(p) ? 2 * width : 0;
+  Scratch scratch(sizeof(float) * room * threads);
+  for_rows(threads, M, p.V, [&](int64_t first, int64_t last, int thread) {
+    for (int64_t i = first; i < last; ++i) call(i, (float*)scratch.data() + thread * room, width);
+  });
+}
+
+// Σ w_t over the rows that count; of probabilities the number of rows
+float divisor_of(const CrossEntropy& p, int64_t M) {
+  if (p.target == nullptr) return (float)M;
+  double sum = 0.;
+  for (int64_t i = 0; i < M; ++i) {
+    const int64_t t = p.target[i];
+    if (t == p.ignore_index || t < 0 || t >= p.V) continue;
+    sum += p.weight == nullptr ? 1. : p.weight[t];
+  }
+  return (float)sum;
+}
+
+}  // namespace
+
+void cross_entropy_forward(CrossEntropy p, const CrossEntropyLoss& out, int threads) {
+  const int64_t M = count(p.rows);
+  float divisor = 1.f;
+  if (out.mean) {
+    divisor = divisor_of(p, M);
+    if (out.divisor != nullptr) *out.divisor = divisor;
+    p.divisor = &divisor;
+  }
+  Scratch scratch(out.reduced ? sizeof(float) * M : 0);
+  float* losses = (float*)scratch.data();
+  with_type(p.x.type, [&](auto type) FASTATTN_LAMBDA {
+    using T = decltype(type);
+    for_each_row(p, threads, [&](int64_t i, float* room, int64_t width) {
+      Statistics row;
+      const float loss = one_row<T>(p, i, room, width, &row, nullptr);
+      if (out.row_max != nullptr) {
+        out.row_max[i] = row.highest;
+        out.log_sum[i] = row.log_sum;
+      }
+      if (out.reduced) {
+        losses[i] = loss;
+      } else {
+        with_type(out.loss.type, [&](auto loss_type) FASTATTN_LAMBDA {
+          store_one((decltype(loss_type)*)out.loss.data + i, loss);
+        });
+      }
+    });
+  });
+  if (!out.reduced) return;
+  double sum = 0.;
+  for (int64_t i = 0; i < M; ++i) sum += losses[i];
+  const float total = (float)(out.mean ? sum / divisor : sum);
+  with_type(out.loss.type, [&](auto type) FASTATTN_LAMBDA { store_one((decltype(type)*)out.loss.data, total); });
+}
+
+void cross_entropy_backward(const CrossEntropy& p, const float* row_max, const float* log_sum, int threads) {
+  with_type(p.x.type, [&](auto type) FASTATTN_LAMBDA {
+    for_each_row(p, threads, [&](int64_t i, float* room, int64_t width) {
+      const Statistics known{row_max[i], log_sum[i]};
+      one_row<decltype(type)>(p, i, room, width, nullptr, &known);
+    });
+  });
+}
+
+}  // namespace fastattn::FASTATTN_ISA

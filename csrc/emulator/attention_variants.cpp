@@ -19,7 +19,7 @@ struct PlantedBug {
 //                                               D   D_v M    N    stages p-p   lazy  poly  cluster
 struct Small { static constexpr AttentionConfig value{64, 64, 128, 64, 2, true, 8, 2, 3, 1}; };
 struct Pair { static constexpr AttentionConfig value{64, 64, 64, 64, 2, true, 8, 0, 3, 2}; };
-struct Eager { static constexpr AttentionConfig value{64, 64, 128, 80, 1, false, 0, 0, 3, 1}; };
+struct Eager { static constexpr AttentionConfig value{64, 64, 128, 80, 2, false, 0, 0, 3, 1}; };
 struct Deep { static constexpr AttentionConfig value{64, 64, 192, 48, 3, true, 4, 8, 4, 1}; };
 struct Lone { static constexpr AttentionConfig value{128, 128, 64, 176, 2, false, 1, 8, 5, 1}; };
 

@@ -35,24 +35,23 @@ struct OnlineSoftmax {
   float rescale[2] = {1, 1};
 
   // s becomes p; returns whether there is anything to rescale, the same in all lanes of a warp.
-  //
-  // That branch stands after the exponentials for a reason: ptxas moves a wait for the tensor cores up to the start of its
-  // basic block, and without one between them the exponentials would run after the product they should run beside.
   template <int N>
   __device__ __forceinline__ bool update(float (&s)[N]) {
-    float new_max[2] = {row_max[0], row_max[1]}, old_max[2] = {row_max[0], row_max[1]}, sum[2] = {0, 0};
+    const float old_max[2] = {row_max[0], row_max[1]};
+    float new_max[2] = {row_max[0], row_max[1]};
 #pragma unroll
     for (int i = 0; i < N; i++) new_max[row_half(i)] = fmaxf(new_max[row_half(i)], s[i]);
 #pragma unroll
     for (int r = 0; r < 2; r++) new_max[r] = quad_max(new_max[r]);
     bool grown = true;
     if constexpr (LAZY > 0) {
-      const bool far = (new_max[0] - row_max[0]) * factor > LAZY || (new_max[1] - row_max[1]) * factor > LAZY;
+      const bool far = (new_max[0] - old_max[0]) * factor > LAZY || (new_max[1] - old_max[1]) * factor > LAZY;
       grown = ptx::ballot(far) != 0;
     }
 #pragma unroll
     for (int r = 0; r < 2; r++) row_max[r] = grown ? new_max[r] : old_max[r];
     const float offset[2] = {finite_max(row_max[0]) * factor, finite_max(row_max[1]) * factor};
+    float sum[2] = {0, 0};
 #pragma unroll
     for (int i = 0; i < N; i++) {
       s[i] = exp2_shared_out<POLYNOMIAL_EIGHTHS, POLYNOMIAL_DEGREE>(s[i] * factor - offset[row_half(i)], i);

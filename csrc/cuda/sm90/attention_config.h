@@ -48,7 +48,7 @@ struct AttentionConfig {
     if (BLOCK_M % 64 != 0 || consumers() < 1 || consumers() > 3) return "BLOCK_M is 64, 128 or 192";
     if (BLOCK_N % 16 != 0 || BLOCK_N > 256) return "BLOCK_N is a multiple of 16 up to 256";
     if (CLUSTER < 1 || CLUSTER > 2 || BLOCK_N % (8 * CLUSTER) != 0) return "CLUSTER is 1 or 2, with whole groups of 8 keys";
-    if (STAGES < 1 || STAGES > 4) return "STAGES is 1 to 4";
+    if (STAGES < 2 || STAGES > 4) return "STAGES is 2 to 4: one V is waited for while the last is held";
     if (LAZY_RESCALE < 0 || LAZY_RESCALE > 8) return "LAZY_RESCALE is 0 to 8: p of fp16 stays below 2^16";
     if (POLYNOMIAL_EIGHTHS < 0 || POLYNOMIAL_EIGHTHS > 8) return "POLYNOMIAL_EIGHTHS is 0 to 8";
     if (POLYNOMIAL_DEGREE < 3 || POLYNOMIAL_DEGREE > 5) return "POLYNOMIAL_DEGREE is 3 to 5";

@@ -136,6 +136,11 @@ __device__ __forceinline__ void consume(const ForwardArguments& p, const SharedL
 #pragma unroll
       for (int i = 0; i < C.D_v / 2; i++) o[i] *= softmax.rescale[attention::row_half(i)];
     };
+    // V of a block is waited for when its P is done, although O takes it in only later. ptxas moves the wait for the
+    // tensor cores to the start of its basic block; this wait makes it one of its own, after the exponentials.
+    const auto wait_v = [](const auto& ring) {
+      if (!Planted::has(Bug::NoValueFullWait)) ring.wait_full();
+    };
     const auto mask = [&](int n) {
       attention::apply_mask(s, n * C.BLOCK_N - (Planted::has(Bug::MaskOffByOne) ? 1 : 0), tile(), w, thread, p);
     };
@@ -156,16 +161,16 @@ __device__ __forceinline__ void consume(const ForwardArguments& p, const SharedL
       if (n >= blocks.right || n < blocks.left) mask(n);
       softmax.update(s);
       pack();
+      wait_v(v_ring);
     }
 
-    // S of block n, then O takes in block n + 1
+    // S of block n, then O takes in block n + 1, whose V is there
     const auto step = [&](auto masked) {
       if (!Planted::has(Bug::NoKeyFullWait)) k_ring.wait_full(Planted::has(Bug::WrongParity));
       turns.begin();
       if (!Planted::has(Bug::NoWgmmaFence)) ptx::wgmma_fence();
       issue_scores<T, Config, Planted>(s, q_tile, shared.k(uniform(k_ring.at.stage)));
       if (Planted::has(Bug::EarlyKeyRelease)) k_ring.release(cluster);
-      if (!Planted::has(Bug::NoValueFullWait)) v_ring.wait_full();
       ptx::wgmma_fence();
       issue_output<T, Config, Planted>(o, probabilities, shared.v(uniform(v_ring.at.stage)));
       if (Planted::has(Bug::EarlyValueRelease)) v_ring.release(cluster);
@@ -180,6 +185,7 @@ __device__ __forceinline__ void consume(const ForwardArguments& p, const SharedL
       if (Planted::has(Bug::EarlyRescale)) rescale();
       if (Planted::has(Bug::EarlyPack)) pack();
 
+      wait_v(v_ring.next());
       ptx::wgmma_wait<0>(o, probabilities);
       if (!Planted::has(Bug::EarlyValueRelease)) v_ring.release(cluster);
       v_ring.at.advance();
@@ -192,7 +198,6 @@ __device__ __forceinline__ void consume(const ForwardArguments& p, const SharedL
 
     if (C.o_apart()) q_ring.release();
     if (blocks.max > blocks.min) {
-      v_ring.wait_full();
       ptx::wgmma_fence();
       issue_output<T, Config, Planted>(o, probabilities, shared.v(uniform(v_ring.at.stage)));
       ptx::wgmma_wait<0>(o, probabilities);

@@ -34,6 +34,11 @@ struct Ring {
   static constexpr uint32_t BYTES = 2 * STAGES * BARRIER_BYTES;
 
   __device__ __forceinline__ explicit Ring(uint32_t barriers) : barriers(barriers) {}
+  __device__ __forceinline__ Ring next() const {
+    Ring ring = *this;
+    ring.at.advance();
+    return ring;
+  }
   __device__ __forceinline__ uint32_t full() const { return barriers + at.stage * BARRIER_BYTES; }
   __device__ __forceinline__ uint32_t empty() const { return barriers + (STAGES + at.stage) * BARRIER_BYTES; }
 

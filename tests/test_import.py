@@ -48,6 +48,11 @@ def test_import_adds_only_ours(bytecode: Path):
     assert "fastattn" in packages
     assert "triton" not in packages
     assert packages - sys.stdlib_module_names <= {"fastattn", "torch"}
+    # What builds and finds native modules is loaded when one is asked for, and so are the modules.
+    assert {name for name in added if name.startswith(("fastattn.native.", "fastattn.inspection", "fastattn.cli"))} <= {
+        "fastattn.native.errors"
+    }
+    assert not {name for name in added if name.startswith("fastattn._cuda")}
 
 
 def test_import_takes_no_more_than_50_ms(bytecode: Path):

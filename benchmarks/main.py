@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -21,16 +22,11 @@ from benchmarks.runner import Runner
 from benchmarks.summary import standings
 from benchmarks.timing import Effort
 from benchmarks.workload import Workload
+from fastattn.cli import arguments
 from fastattn.errors import ArgumentError
 
 THOROUGH = {"cuda": Effort(seconds=1.0, fewest=10, most=200), "cpu": Effort(seconds=3.0, fewest=7, most=60)}
 QUICK = {"cuda": Effort(seconds=0.3, fewest=10, most=50), "cpu": Effort(seconds=0.4, fewest=5, most=20)}
-
-
-def positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, but is {text}")
-    return value
 
 
 def parser() -> argparse.ArgumentParser:
@@ -44,8 +40,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--quick", action="store_true", help="a few workloads of each family, and fewer rounds")
     p.add_argument("--out", type=Path, metavar="DIR", help="results.json, results.csv, report.html and plots")
     p.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--threads", type=positive, metavar="N", help="threads of torch on a CPU; default: torch's")
-    p.add_argument("--seconds", type=float, metavar="S", help="no workload is begun after so many seconds")
+    p.add_argument(
+        "--threads", type=arguments.positive, metavar="N", help="threads of torch on a CPU; default: torch's"
+    )
+    p.add_argument("--seconds", type=arguments.seconds, metavar="S", help="no workload is begun after so many seconds")
     p.add_argument("--no-plots", action="store_true", help="leave out the plots' files; the report has them anyway")
     return p
 
@@ -62,14 +60,27 @@ def run(argv: Sequence[str]) -> int:
     chosen = families.select(known, args.family)
     providers = choose(args.vs, discover())
     if args.out:
-        if args.out.exists() and not args.out.is_dir():
-            raise ArgumentError(f"`--out` is {args.out}, which is a file; it must be a folder, or not be there yet.")
-        args.out.mkdir(parents=True, exist_ok=True)
+        make_folder(args.out)
     results = measure_all(device, chosen, providers, args, argv)
     print_standings(results)
     if args.out:
         write_everything(results, args.out, plots=not args.no_plots)
     return 1 if any(row.ours and row.status in ("wrong", "failed") for row in results.rows) else 0
+
+
+def make_folder(path: Path) -> None:
+    """
+    Raises:
+        ArgumentError: it cannot be made, or nothing can be written there; better said before a run than after it.
+    """
+    if path.exists() and not path.is_dir():
+        raise ArgumentError(f"`--out` is {path}, which is a file; it must be a folder, or not be there yet.")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise ArgumentError(f"`--out` is {path}, where nothing can be written: {error.strerror}.") from None
 
 
 def measure_all(

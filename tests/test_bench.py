@@ -417,7 +417,12 @@ def test_a_run_that_is_cut_short_keeps_what_it_has(tmp_path):
         (("bench", "--vs", "nobody"), "`--vs` has 'nobody'; the providers are"),
         (("bench", "compare", "no.json", "none.json"), "no.json"),
         (("bench", "--threads", "0"), "must be at least 1, but is 0"),
+        (("bench", "--seconds", "nan"), "argument --seconds: must be at least 0, but is nan"),
         (("bench", "--out", __file__), "which is a file; it must be a folder"),
+        (("bench", "--out", "/proc/no"), "`--out` is /proc/no, where nothing can be written: "),
+        (("bench", "overhead", "--rounds", "0"), "argument --rounds: must be at least 1, but is 0"),
+        (("bench", "overhead", "--json", "/no/such/file"), "/no/such/file cannot be written: /no/such is no folder"),
+        (("verify", "--json", str(ROOT)), "cannot be written: it is a folder"),
         pytest.param(
             ("bench", "--device", "cuda"),
             "`--device` is cuda, and torch sees no GPU",

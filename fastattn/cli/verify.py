@@ -9,12 +9,12 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from fastattn import backends
+from fastattn.cli import arguments
 from fastattn.cli.info import devices, versions
 from fastattn.errors import ArgumentError
 
@@ -31,7 +31,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--op", default="", metavar="SUBSTR", help="only checks whose name contains this")
     parser.add_argument("--details", action="store_true", help="a line for each result and gradient, and each refusal")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every error to this file too")
+    parser.add_argument("--json", type=arguments.new_file, metavar="FILE", help="write every error to this file too")
     parser.set_defaults(run=run)
 
 

@@ -92,8 +92,9 @@ def nan_at_the_end(y):
 WRONG = {
     "two percent too large": (lambda y: y * 1.02, "the result is"),
     "one entry off": (one_entry_off, "the result is up to"),
+    "the first head of zeros": (lambda y: torch.cat((0 * y[:, :1], y[:, 1:]), 1), "the result is up to"),
     "NaN": (nan_at_the_end, "the result is up to inf"),
-    "another shape": (lambda y: y[..., :-1], "the result has shape (2, 2, 40, 15), not (2, 2, 40, 16)"),
+    "another shape": (lambda y: y[..., :-1], "the result has shape (2, 4, 40, 15), not (2, 4, 40, 16)"),
 }
 
 
@@ -177,15 +178,15 @@ def test_who_cannot_run_says_why_and_the_others_go_on():
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
-def test_the_checked_part_is_a_part_of_the_whole(name):
-    """What `part` computes of the cut inputs is what `restrict` cuts out of the whole result."""
-    problem = PROBLEMS[name]
-    inputs = problem.inputs(torch.float64, CPU)
-    part, what = problem.part()
-    cut = {n: problem.restrict(n, t, what) for n, t in inputs.items()}
-    whole = problem.compute(inputs)
-    assert tuple(whole.shape) == problem.result_shape()
-    torch.testing.assert_close(part.compute(cut), problem.restrict("y", whole, what))
+def test_the_truth_is_the_whole_of_the_result_and_of_each_gradient(name):
+    """Computed head by head, and put together."""
+    asked = workload(PROBLEMS[name], "step", torch.float64)
+    inputs = asked.problem.inputs(torch.float64, CPU)
+    dy = gate.gradient_of_result(asked, inputs)
+    truth = gate.truth_of(asked, inputs, dy)
+    whole = gate.results(asked, Call(gate.unfused(asked.problem), inputs), dy)
+    assert tuple(whole["y"].shape) == asked.problem.result_shape()
+    torch.testing.assert_close(truth.exact, whole)
 
 
 @pytest.mark.parametrize(
@@ -446,8 +447,8 @@ def test_list_names_families_and_providers():
         assert p.name in done.stdout
 
 
-def test_json_is_whole_after_every_workload(tmp_path, monkeypatch):
-    """An interruption in between leaves a file that can be read."""
+def test_json_is_whole_after_every_workload(tmp_path, monkeypatch, capsys):
+    """An interruption in between leaves a file that can be read, and a report of it."""
     from benchmarks import main
 
     seen = []
@@ -460,8 +461,11 @@ def test_json_is_whole_after_every_workload(tmp_path, monkeypatch):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(main, "write_json", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        main.run(["softmax", "--quick", "--vs", "torch/eager", "--out", str(tmp_path), "--device", "cpu"])
-    assert len(seen) == 2
-    assert all(b > a for a, b in pairwise(seen))
+    arguments = ["softmax", "--quick", "--vs", "torch/eager", "--no-plots", "--out", str(tmp_path), "--device", "cpu"]
+    assert main.run(arguments) == 130
+    assert len(seen) == 3  # and once at the end
+    assert (tmp_path / "results.csv").read_text().count("\n") == seen[-1] + 1
+    assert "<table" in (tmp_path / "report.html").read_text()
+    assert "interrupted" in capsys.readouterr().out
+    assert all(b > a for a, b in pairwise(seen[:2]))
     assert len(read_json(tmp_path / "results.json").rows) == seen[-1]

@@ -25,6 +25,7 @@ from benchmarks.workload import Workload
 from fastattn.cli import arguments
 from fastattn.errors import ArgumentError
 
+INTERRUPTED = 130  # as of what ends by SIGINT
 THOROUGH = {"cuda": Effort(seconds=1.0, fewest=10, most=200), "cpu": Effort(seconds=3.0, fewest=7, most=60)}
 QUICK = {"cuda": Effort(seconds=0.3, fewest=10, most=50), "cpu": Effort(seconds=0.4, fewest=5, most=20)}
 
@@ -49,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Exit status: 0; 1 if fastattn was wrong or failed anywhere; 2 for a wrong argument."""
+    """Exit status: 0; 1 if fastattn was wrong or failed anywhere; 2 for a wrong argument; 130 if interrupted."""
     args = parser().parse_args(argv)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
@@ -61,10 +62,12 @@ def run(argv: Sequence[str]) -> int:
     providers = choose(args.vs, discover())
     if args.out:
         make_folder(args.out)
-    results = measure_all(device, chosen, providers, args, argv)
+    results, interrupted = measure_all(device, chosen, providers, args, argv)
     print_standings(results)
     if args.out:
         write_everything(results, args.out, plots=not args.no_plots)
+    if interrupted:
+        return INTERRUPTED
     return 1 if any(row.ours and row.status in ("wrong", "failed") for row in results.rows) else 0
 
 
@@ -89,7 +92,8 @@ def measure_all(
     providers: Sequence[Provider],
     args: argparse.Namespace,
     argv: Sequence[str],
-) -> Results:
+) -> tuple[Results, bool]:
+    """-> (results, whether they were interrupted)."""
     effort = (QUICK if args.quick else THOROUGH)[device.type]
     dtypes = list(dict.fromkeys(workload.dtype for workload in workloads))
     ceilings = measure_ceilings(device, dtypes)
@@ -101,16 +105,20 @@ def measure_all(
         runner = Runner(device, providers, ceilings, effort, monitor)
         for name, why in runner.unavailable.items():
             bar.write(f"{name}: not here: {why}")
-        for done, rows in enumerate(runner.run(workloads), start=1):
-            bar.write(table(rows))
-            results.rows += rows
-            if args.out:
-                write_json(results, args.out / "results.json")
-            bar.update()
-            if args.seconds is not None and time.monotonic() - began > args.seconds and done < len(workloads):
-                bar.write(f"{len(workloads) - done} workloads left out: {args.seconds:.0f} s are over")
-                break
-    return results
+        try:
+            for done, rows in enumerate(runner.run(workloads), start=1):
+                bar.write(table(rows))
+                results.rows += rows
+                if args.out:
+                    write_json(results, args.out / "results.json")
+                bar.update()
+                if args.seconds is not None and time.monotonic() - began > args.seconds and done < len(workloads):
+                    bar.write(f"{len(workloads) - done} workloads left out: {args.seconds:.0f} s are over")
+                    break
+        except KeyboardInterrupt:
+            bar.write("interrupted: what has been measured is kept")
+            return results, True
+    return results, False
 
 
 class Lines:
@@ -149,22 +157,25 @@ def table(rows: Sequence[Row]) -> str:
     """The rows of one workload, the fastest first; who is not here is not repeated."""
     first = rows[0]
     lines = [f"\n{first.family}: {first.name}, {first.dtype}, {first.direction}"]
+    best = min((row.seconds for row in rows if row.seconds and not row.ours), default=None)
     for row in sorted(rows, key=lambda row: row.seconds or float("inf")):
         if row.status == "ok":
-            lines.append(f"  {row.provider:<18}{figures(row)}")
+            lines.append(f"  {row.provider:<18}{figures(row, best)}")
         elif row.status in ("wrong", "failed"):
             lines.append(f"  {row.provider:<18}{row.status.upper()}: {row.reason}")
     return "\n".join(lines)
 
 
-def figures(row: Row) -> str:
+def figures(row: Row, best: float | None) -> str:
+    """`best`: seconds of the fastest right peer."""
     assert row.seconds
     spread = ((row.slowest_quarter or 0) - (row.fastest_quarter or 0)) / row.seconds / 2
     rate = f"{row.tflops:9.3g} TFLOP/s" if row.tflops else f"{row.gb_per_s or 0:9.4g} GB/s   "
     roof = f"{row.of_roofline:6.0%} of the roof" if row.of_roofline else ""
+    ratio = f"{best / row.seconds:7.2f}x the best peer" if best else ""
     peak = "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:9.1f} MiB"
     return (
-        f"{row.seconds * 1e6:12.1f} µs ±{spread:4.0%}{rate}{roof}"
+        f"{row.seconds * 1e6:12.1f} µs ±{spread:4.0%}{ratio}{rate}{roof}"
         f"   error {row.error:6.2f} ({row.eager_error:.2f} unfused){peak}"
     )
 
@@ -178,15 +189,16 @@ def print_standings(results: Results) -> None:
 
 
 def write_everything(results: Results, folder: Path, plots: bool) -> None:
-    from benchmarks.plots import NO_MATPLOTLIB, available, write_plots
+    from benchmarks.plots import NO_MATPLOTLIB, available, plots_of, write_plots
     from benchmarks.report import write_report
 
     write_json(results, folder / "results.json")
-    write_csv(results.rows, folder / "results.csv")
-    write_report(results, folder / "report.html")
-    if plots and available():
-        write_plots(results, folder / "plots")
-    elif plots:
+    write_csv(results, folder / "results.csv")
+    drawn = plots_of(results)
+    write_report(results, drawn, folder / "report.html")
+    if plots:
+        write_plots(drawn, folder / "plots")
+    if not available():
         print(NO_MATPLOTLIB)
     print(f"\n{folder / 'report.html'}")
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import UnionType
@@ -18,6 +17,7 @@ from fastattn.errors import ArgumentError
 
 SCHEMA = 1
 Made = TypeVar("Made")
+Key = tuple[str, str, str, str]  # of a workload: family, name, direction, dtype
 Status = Literal["ok", "wrong", "unsupported", "unavailable", "failed"]
 
 
@@ -49,7 +49,7 @@ class Row:
     power_w: float | None = None
 
     @property
-    def key(self) -> tuple[str, str, str, str]:
+    def key(self) -> Key:
         return self.family, self.name, self.direction, self.dtype
 
     @property
@@ -82,11 +82,19 @@ class Results:
     def title(self) -> str:
         return f"{self.machine['device']['name']}, torch {self.machine['versions']['torch']}"
 
-    def by_workload(self) -> dict[tuple[str, str, str, str], list[Row]]:
-        grouped: dict[tuple[str, str, str, str], list[Row]] = {}
+    def by_workload(self) -> dict[Key, list[Row]]:
+        grouped: dict[Key, list[Row]] = {}
         for row in self.rows:
             grouped.setdefault(row.key, []).append(row)
         return grouped
+
+    def best_peers(self) -> dict[Key, float]:
+        """Seconds of the fastest right peer of each workload that has one."""
+        best: dict[Key, float] = {}
+        for row in self.rows:
+            if row.seconds and not row.ours:
+                best[row.key] = min(row.seconds, best.get(row.key, row.seconds))
+        return best
 
 
 def write_json(results: Results, path: Path) -> None:
@@ -151,11 +159,14 @@ def check(results: Results) -> None:
             raise ValueError(f"{row.family} {row.name} of {row.provider} is {row.status} with a time of {row.seconds}")
 
 
-def write_csv(rows: Iterable[Row], path: Path) -> None:
+def write_csv(results: Results, path: Path) -> None:
+    """Each row, what follows from it, and the time of the best peer over its own."""
+    best = results.best_peers()
     names = [f.name for f in fields(Row)]
     derived = ("tflops", "gb_per_s", "of_roofline")
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow([*names, *derived])
-        for row in rows:
-            writer.writerow([getattr(row, name) for name in (*names, *derived)])
+        writer.writerow([*names, *derived, "to_best_peer"])
+        for row in results.rows:
+            ratio = best[row.key] / row.seconds if row.seconds and row.key in best else None
+            writer.writerow([*(getattr(row, name) for name in (*names, *derived)), ratio])

@@ -121,7 +121,7 @@ def test_numbers_that_json_does_not_have_are_not_written(tmp_path):
 
 
 def test_csv_has_a_line_for_each_row_and_what_follows_from_it(tmp_path):
-    write_csv(example().rows, tmp_path / "r.csv")
+    write_csv(example(), tmp_path / "r.csv")
     with (tmp_path / "r.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
     assert len(lines) == len(example().rows)
@@ -129,6 +129,8 @@ def test_csv_has_a_line_for_each_row_and_what_follows_from_it(tmp_path):
         assert line["provider"] == row.provider
         assert line["reason"] == (row.reason or "")
         assert line["tflops"] == ("" if row.tflops is None else str(row.tflops))
+        peers = [r.seconds for r in example().rows if r.key == row.key and r.seconds and not r.ours]
+        assert line["to_best_peer"] == ("" if row.seconds is None else str(min(peers) / row.seconds))
         assert line["gb_per_s"] == ("" if row.gb_per_s is None else str(row.gb_per_s))
 
 

@@ -100,6 +100,8 @@ def measure_all(
     started = datetime.now(UTC).isoformat(timespec="seconds")
     results = Results(machine.describe(device), ceilings.as_dict(), list(argv), started)
     print(f"{results.title}, {results.machine['threads']} threads; {describe(results.ceilings)}")
+    if (load := results.machine["load"]) and device.type == "cpu" and load > results.machine["device"]["cores"] / 2:
+        print(f"Others keep this machine busy: {load:.1f} processes on {results.machine['device']['cores']} cores.")
     began = time.monotonic()
     with machine.Monitor(device) as monitor, progress(len(workloads)) as bar:
         runner = Runner(device, providers, ceilings, effort, monitor)

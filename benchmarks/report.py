@@ -58,6 +58,8 @@ def headline(results: Results) -> Iterator[str]:
     threads = results.machine.get("threads")
     yield f"<h1>fastattn on {escape(str(results.machine['device']['name']))}</h1>"
     yield f'<p class="soft">{escape(results.started)} · <code>{command}</code><br>{versions}<br>'
+    load = results.machine.get("load")
+    yield f"{f'load {load:.1f} before the run · ' if load is not None else ''}"
     yield f"{f'{threads} threads · ' if threads else ''}measured in this run: {', '.join(ceilings)}</p>\n"
     yield f"<p>{EXPLANATION}</p>\n"
 

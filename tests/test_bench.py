@@ -8,9 +8,11 @@ import math
 import os
 import subprocess
 import sys
+import time
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from test_cli import run
 
 from benchmarks import families, gate, memory, timing
 from benchmarks.ceilings import Ceilings
+from benchmarks.machine import Monitor
 from benchmarks.problems.attention import AttentionProblem, VarlenProblem
 from benchmarks.problems.rows import CrossEntropyProblem, NormProblem, SoftmaxProblem
 from benchmarks.provider import Call, Provider, choose, discover
@@ -317,7 +320,7 @@ def test_times_are_medians_of_what_a_call_takes():
     found = timing.summarize(values, "clock")
     assert found.median == median(values)
     assert (found.fastest_quarter, found.slowest_quarter) == (2.0, 4.0)
-    slept = timing.measure({"sleep": lambda: __import__("time").sleep(0.003)}, CPU, BRIEF)["sleep"]
+    slept = timing.measure({"sleep": lambda: time.sleep(0.003)}, CPU, BRIEF)["sleep"]
     assert 0.003 <= slept.median < 0.05
 
 
@@ -330,6 +333,29 @@ def test_peak_memory_is_that_of_the_allocator():
         return c[:1].clone()
 
     assert 0 <= memory.peak_bytes(call, CPU) - (8 << 20) < 1024  # and scalars
+
+
+def test_clock_and_power_are_read_while_a_row_is_timed(tmp_path, monkeypatch):
+    """By a stand-in of nvidia-smi, which first reports a value that this card does not have."""
+    script = tmp_path / "nvidia-smi"
+    lines = "echo '[N/A], 300.0'; echo '1980, 650.5'; echo '1965, 690.5'; echo '1410, 700.0'"
+    script.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/arguments\n{lines}\nexec sleep 60\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="0a1b"))
+    began = time.monotonic()
+    with Monitor(torch.device("cuda", 0)) as monitor:
+        while len(monitor.samples) < 3:
+            assert time.monotonic() - began < 30
+            time.sleep(0.01)
+        assert monitor.since(began) == (1965, 690.5)
+        assert monitor.since(time.monotonic()) == (None, None)
+    assert monitor.process is not None
+    assert monitor.process.poll() is not None
+    given = (tmp_path / "arguments").read_text()
+    assert "--id=GPU-0a1b --query-gpu=clocks.sm,power.draw --format=csv,noheader,nounits --loop-ms=200" in given
+    assert Monitor(CPU).since(began) == (None, None)
 
 
 def test_the_roof_is_the_slower_of_copies_and_products():

@@ -168,6 +168,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for folder in (out, logs):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
+    # A shell's background job ignores it, and so would all that it starts: see `stop`.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     ends = time.monotonic() + args.budget
     planned = [step for step in steps(out) if args.steps is None or step.name.split()[0] in args.steps]
     if not planned:

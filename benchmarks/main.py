@@ -196,6 +196,7 @@ def write_everything(results: Results, folder: Path, plots: bool) -> None:
 
     write_json(results, folder / "results.json")
     write_csv(results, folder / "results.csv")
+    write_report(results, None, folder / "report.html")  # drawing takes time, which a run that is stopped may not have
     drawn = plots_of(results)
     write_report(results, drawn, folder / "report.html")
     if plots:

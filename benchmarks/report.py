@@ -26,11 +26,12 @@ peer over that of the row: above 1, the row is faster. The roof is the slower of
 computing every product, at the rates measured; data that stays in a cache can go above it."""
 
 
-def write_report(results: Results, plots: Sequence[Plot], path: Path) -> None:
+def write_report(results: Results, plots: Sequence[Plot] | None, path: Path) -> None:
+    """`plots`: None as long as they are not drawn."""
     path.write_text("".join(document(results, plots)), encoding="utf-8")
 
 
-def document(results: Results, plots: Sequence[Plot]) -> Iterator[str]:
+def document(results: Results, plots: Sequence[Plot] | None) -> Iterator[str]:
     css, js = ((ASSETS / name).read_text() for name in ("report.css", "report.js"))
     yield '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
     yield '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -96,10 +97,11 @@ def behind(results: Results) -> Iterator[str]:
     yield "</details>"
 
 
-def gallery(plots: Sequence[Plot]) -> Iterator[str]:
+def gallery(plots: Sequence[Plot] | None) -> Iterator[str]:
     yield "<h2>Plots</h2>"
     if not plots:
-        yield f"<p>{'No row has a time to plot.' if available() else NO_MATPLOTLIB}</p>"
+        why = "No row has a time to plot." if plots is not None else "The run was stopped before they were drawn."
+        yield f"<p>{why if available() else NO_MATPLOTLIB}</p>"
         return
     yield '<div class="plots">'
     for plot in plots:

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from results_example import example
 from test_cli import run
 
 from benchmarks import families, gate, memory, timing
@@ -471,6 +472,20 @@ def test_list_names_families_and_providers():
         assert f"\n{family} " in f"\n{done.stdout}"
     for p in discover():
         assert p.name in done.stdout
+
+
+def test_the_tables_are_there_before_the_plots_are_drawn(tmp_path, monkeypatch):
+    from benchmarks import main, plots
+
+    def killed(results):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(plots, "plots_of", killed)
+    with pytest.raises(KeyboardInterrupt):
+        main.write_everything(example(), tmp_path, plots=True)
+    assert read_json(tmp_path / "results.json") == example()
+    assert (tmp_path / "results.csv").exists()
+    assert "stopped before they were drawn" in (tmp_path / "report.html").read_text()
 
 
 def test_json_is_whole_after_every_workload(tmp_path, monkeypatch, capsys):

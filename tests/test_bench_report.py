@@ -126,6 +126,18 @@ def test_plots_are_the_same_each_time_and_show_every_provider():
     assert "quack" not in once["layer_norm_forward"]  # it was wrong, and has no speed
 
 
+@pytest.mark.parametrize(
+    ("plots", "why"), [(None, "stopped before they were drawn"), ([], "No row has a time to plot")]
+)
+def test_a_report_without_plots_says_why(tmp_path, plots, why):
+    write_report(example(), plots, tmp_path / "r.html")
+    text = (tmp_path / "r.html").read_text()
+    assert why in text
+    assert len([row for row in Page(text).rows["rows"] if row]) == sum(
+        r.status != "unavailable" for r in example().rows
+    )
+
+
 def test_plots_are_pictures(tmp_path):
     write_plots(plots_of(example()), tmp_path)
     pictures = sorted(tmp_path.glob("*.png"))

@@ -35,8 +35,9 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Threads that wait sleep: spinning, they would take a busy machine's cores from those that they wait for.
 bench: $(READY)
-	$(BIN)/python -m fastattn bench --out out/bench $(BENCH_ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m fastattn bench --out out/bench $(BENCH_ARGS)
 
 gpu:
 	PYTHONPATH=$(CURDIR) $(PYTHON) -m benchmarks.gpu --out out/gpu --budget $(TIME_BUDGET) $(GPU_ARGS)

@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastattn.verification import Check, row_checks
-from fastattn.verification.check import DTYPES, references, run
+from fastattn.verification import Check, prepare, row_checks
+from fastattn.verification.check import DTYPES, run
 
 
 @dataclass
@@ -45,10 +45,10 @@ def error(actual: Tensor, exact: Tensor) -> float:
 def rows(check: Check, backend: str | None, device: torch.device) -> Iterator[Row]:
     """Of the result and of each gradient, in each dtype."""
     for dtype in DTYPES:
-        inputs, constants, dy, exact, theirs = references(check, dtype, device)
-        ours = run(partial(check.ours, backend=backend), inputs, constants, dy)
-        for tensor, value in exact.items():
-            errors = error(theirs[tensor], value), error(ours[tensor], value)
+        case = prepare(check, dtype, device)
+        ours = run(partial(check.ours, backend=backend), case.inputs, case.constants, case.dy)
+        for tensor, value in case.exact.items():
+            errors = error(case.theirs[tensor], value), error(ours[tensor], value)
             ratio = errors[1] / errors[0] if errors[0] else 1.0 if errors[1] == 0.0 else float("inf")
             yield Row(check.name, str(dtype).removeprefix("torch."), tensor, *errors, ratio)
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.results import Results, Row, read_json
+from benchmarks.results import Key, Results, Row, read_json
 from benchmarks.summary import geometric_mean
 from fastattn.errors import ArgumentError
 
@@ -16,7 +16,6 @@ QUARTILES_APART = 1.349  # standard deviations between the quartiles of a normal
 ERROR_OF_MEDIAN = 1.2533  # standard errors of the mean
 THRESHOLD = 0.1  # two runs of the same code, minutes apart on a shared machine, have differed by 6 % beside a control
 CERTAIN = 4.0  # standard errors: by chance in one row of 30 000
-Key = tuple[tuple[str, str, str, str], str]  # workload and provider
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ def timed(pair: tuple[Row, Row] | None) -> bool:
     return pair is not None and all(row.seconds for row in pair)
 
 
-def median_peer(pairs: dict[Key, tuple[Row, Row]], key: Key) -> tuple[Row, Row] | None:
+def median_peer(pairs: dict[tuple[Key, str], tuple[Row, Row]], key: tuple[Key, str]) -> tuple[Row, Row] | None:
     """Of the peers of a workload, that whose change is in the middle, which no single peer's own change moves far."""
     peers = [pair for (workload, _), pair in pairs.items() if workload == key[0] and not pair[0].ours and timed(pair)]
     peers.sort(key=lambda pair: (pair[1].seconds or 0) / (pair[0].seconds or 1))
@@ -116,6 +115,7 @@ def differences(before: Results, after: Results) -> list[str]:
         for name, a, b in (
             ("device", before.machine["device"]["name"], after.machine["device"]["name"]),
             ("threads", before.machine.get("threads"), after.machine.get("threads")),
+            ("OMP_WAIT_POLICY", *(results.machine.get("openmp_wait_policy") for results in (before, after))),
         )
         if a != b
     ]

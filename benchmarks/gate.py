@@ -9,13 +9,14 @@ gradient for a gradient; and a rounding more.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from benchmarks.provider import Call
-from benchmarks.workload import Tensors, Workload, randn
+from benchmarks.workload import Problem, Tensors, Workload, randn
 from fastattn.testing import max_error
 
 RESULT_FACTOR, GRADIENT_FACTOR = 2.0, 3.0
@@ -41,11 +42,10 @@ class Errors:
 
 @dataclass(frozen=True)
 class Truth:
-    """What is checked of a workload: float64's values, and how far the unfused operation is from them."""
+    """What a workload is held to: float64's values, and how far the unfused operation is from them."""
 
     workload: Workload
-    what: object  # which part is checked
-    exact: dict[str, Tensor]  # y, and the gradient of each differentiable input by its name, of that part
+    exact: dict[str, Tensor]  # y, and the gradient of each differentiable input by its name
     eager: dict[str, Errors]
 
     def allowed(self, name: str) -> Errors:
@@ -70,14 +70,27 @@ class Verdict:
 
 
 def truth_of(workload: Workload, inputs: Tensors, dy: Tensor | None) -> Truth:
-    """Computes the checked part twice: in float64, and in the workload's dtype."""
-    problem = workload.problem
-    part, what = problem.part()
-    cut = {name: problem.restrict(name, t, what) for name, t in inputs.items()}
-    dy = None if dy is None else problem.restrict("y", dy, what)
-    exact = results(workload, Call(lambda **given: part.compute(given), as_float64(cut)), dy)
-    eager = results(workload, Call(lambda **given: part.compute(given), cut), dy)
-    return Truth(workload, what, exact, {name: Errors.of(eager[name], exact[name], workload.dtype) for name in exact})
+    """Computes it twice: in float64, and in the workload's dtype."""
+    exact: list[dict[str, Tensor]] = []
+    eager: list[dict[str, Tensor]] = []
+    for problem, cut in workload.problem.parts():
+        own = {name: cut(name, t) for name, t in inputs.items()}
+        own_dy = None if dy is None else cut("y", dy)
+        for found, given in ((exact, as_float64(own)), (eager, own)):
+            found.append(results(workload, Call(unfused(problem), given), own_dy))
+    whole = joined(exact)
+    errors = {name: Errors.of(t, whole[name], workload.dtype) for name, t in joined(eager).items()}
+    return Truth(workload, whole, errors)
+
+
+def unfused(problem: Problem) -> Callable[..., Tensor]:
+    return lambda **given: problem.compute(given)
+
+
+def joined(heads: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    if len(heads) == 1:
+        return heads[0]
+    return {name: torch.cat([head[name] for head in heads], 1) for name in heads[0]}
 
 
 def check(truth: Truth, call: Call, dy: Tensor | None) -> Verdict:
@@ -85,7 +98,7 @@ def check(truth: Truth, call: Call, dy: Tensor | None) -> Verdict:
     found = results(truth.workload, call, dy)
     worst, wrong = 0.0, []
     for name, exact in truth.exact.items():
-        actual = truth.workload.problem.restrict(name, found[name], truth.what)
+        actual = found[name]
         if actual.shape != exact.shape:
             wrong.append(f"{label(name)} has shape {tuple(actual.shape)}, not {tuple(exact.shape)}")
             worst = float("inf")

@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -30,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FASTATTN = (sys.executable, "-m", "fastattn")
 LOG_BYTES = 1 << 20  # of each log, half from its beginning and half from its end
 WORKERS = 8
+GRACE = 60.0  # seconds in which a step whose time is over may write what it has
 
 
 @dataclass(frozen=True)
@@ -70,14 +72,17 @@ def steps(out: Path) -> list[Step]:
 
 def sanitizer(tool: str) -> Step:
     """Of the kernels on small tensors, each of which is an allocation of its own, so that its ends are known."""
-    command = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *FASTATTN, "verify", "--backend", "triton")
+    native = ("cuda",) if (ROOT / "fastattn" / "backends" / "cuda.py").exists() else ()
+    verify = (*FASTATTN, "verify", "--backend", "triton", *native)
+    command = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *verify)
     separate = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
     return Step(f"sanitizer {tool}", command, 0.15, "sanitizer.log", missing("compute-sanitizer"), separate)
 
 
 def pytest_command() -> tuple[str, ...]:
     parallel = ("-n", str(min(WORKERS, os.cpu_count() or 1))) if has("xdist") else ()
-    return (sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", *parallel, "tests")
+    go_on = "--continue-on-collection-errors"  # of tests for which a package is missing
+    return (sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", go_on, *parallel, "tests")
 
 
 def has(module: str) -> bool:
@@ -111,10 +116,19 @@ def run_step(step: Step, left: float, logs: Path) -> Outcome:
             status = "ok" if process.wait(seconds) == 0 else "failed"
             note = "" if status == "ok" else f"exit status {process.returncode}"
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            stop(process, min(GRACE, 0.1 * seconds))
             status, note = "timeout", f"stopped after {seconds:.0f} s"
     return Outcome(step.name, " ".join(command), status, time.monotonic() - began, note)
+
+
+def stop(process: subprocess.Popen[bytes], seconds: float) -> None:
+    """As Ctrl-C would, so that pytest and the benchmark say what they have found; then without asking."""
+    process.send_signal(signal.SIGINT)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(seconds)
+    with suppress(ProcessLookupError):  # nobody is left
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def shorten(text: bytes) -> bytes:
@@ -127,6 +141,8 @@ def shorten(text: bytes) -> bytes:
 
 def keep(logs: Path, out: Path, outcomes: Sequence[Outcome]) -> None:
     """What has been found so far, in the folder; the benchmark and the tuner write theirs by themselves."""
+    for half in out.glob("*.tmp"):  # of a file that was being written when its step was stopped
+        half.unlink()
     for log in logs.iterdir():
         if log.name != "bench.log":  # its figures are in results.json
             (out / log.name).write_bytes(shorten(log.read_bytes()))
@@ -152,6 +168,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for folder in (out, logs):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
+    # A shell's background job ignores it, and so would all that it starts: see `stop`.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     ends = time.monotonic() + args.budget
     planned = [step for step in steps(out) if args.steps is None or step.name.split()[0] in args.steps]
     if not planned:

@@ -34,6 +34,10 @@ def describe(device: torch.device) -> dict[str, Any]:
     return {
         "device": describe_gpu(device) if device.type == "cuda" else describe_cpu(),
         "threads": torch.get_num_threads(),
+        "openmp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
+        "load": os.getloadavg()[0]
+        if hasattr(os, "getloadavg")
+        else None,  # processes that ran or waited, before the run
         "platform": platform.platform(),
         "versions": versions(),
     }

@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -25,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastattn
+from fastattn.cli import arguments
 
 Call = Callable[[], object]
 
@@ -123,9 +123,9 @@ def measure(rounds: int, repeats: int) -> list[Row]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m fastattn bench overhead", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--rounds", type=int, default=60, help="alternating rounds for each row")
-    parser.add_argument("--repeats", type=int, default=200, help="calls in a round")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
+    parser.add_argument("--rounds", type=arguments.positive, default=60, help="alternating rounds for each row")
+    parser.add_argument("--repeats", type=arguments.positive, default=200, help="calls in a round")
+    parser.add_argument("--json", type=arguments.new_file, metavar="FILE", help="also write the figures there")
     args = parser.parse_args(argv)
 
     torch.set_num_threads(1)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 import io
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -186,9 +187,28 @@ def as_svg(figure: Figure) -> str:
     return file.getvalue()
 
 
-def write_plots(results: Results, folder: Path) -> None:
+@dataclass(frozen=True)
+class Plot:
+    """One figure, drawn: what takes the time of a report is done once, for the page and for the files."""
+
+    name: str
+    figure: Figure
+    svg: str
+
+
+def plots_of(results: Results) -> list[Plot]:
+    """None without matplotlib."""
+    found = []
+    for name, figure in figures(results) if available() else ():
+        svg = as_svg(figure)
+        figure.set_layout_engine("none")  # which has its places now
+        found.append(Plot(name, figure, svg))
+    return found
+
+
+def write_plots(plots: Sequence[Plot], folder: Path) -> None:
     """A PNG and an SVG of each figure."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, figure in figures(results):
-        (folder / f"{name}.svg").write_text(as_svg(figure))
-        figure.savefig(folder / f"{name}.png", dpi=110, metadata=METADATA["png"])
+    for plot in plots:
+        (folder / f"{plot.name}.svg").write_text(plot.svg)
+        plot.figure.savefig(folder / f"{plot.name}.png", dpi=110, metadata=METADATA["png"])

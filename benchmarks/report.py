@@ -6,14 +6,14 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 
-from benchmarks.plots import NO_MATPLOTLIB, as_svg, available, figures
-from benchmarks.results import Results, Row
+from benchmarks.plots import NO_MATPLOTLIB, Plot, available
+from benchmarks.results import Key, Results, Row
 from benchmarks.summary import duels, standings
 
 ASSETS = Path(__file__).parent / "report_assets"
 COLUMNS = (
-    "workload", "dtype", "direction", "provider", "time µs", "± %", "TFLOP/s", "GB/s", "% of roof", "error", "unfused",
-    "peak MiB", "timing", "MHz", "W", "status",
+    "workload", "dtype", "direction", "provider", "time µs", "± %", "× best peer", "TFLOP/s", "GB/s", "% of roof",
+    "error", "unfused", "peak MiB", "timing", "MHz", "W", "status",
 )  # fmt: skip
 TEXT = ("workload", "dtype", "direction", "provider", "timing", "status")
 
@@ -21,15 +21,17 @@ TEXT = ("workload", "dtype", "direction", "provider", "timing", "status")
 EXPLANATION = """A row has a time only if its result, and its gradients, are as close to float64 as they should be:
 at most twice (a gradient: three times) as far off as the unfused operation in the same dtype, and a rounding more.
 <em>error</em> and <em>unfused</em> are the largest distances, in roundings of the dtype. Contestants took turns; times
-are medians, with half the distance of the quartiles beside them. The roof is the slower of moving every byte once and
+are medians, with half the distance of the quartiles beside them. <em>× best peer</em> is the time of the fastest right
+peer over that of the row: above 1, the row is faster. The roof is the slower of moving every byte once and
 computing every product, at the rates measured; data that stays in a cache can go above it."""
 
 
-def write_report(results: Results, path: Path) -> None:
-    path.write_text("".join(document(results)), encoding="utf-8")
+def write_report(results: Results, plots: Sequence[Plot] | None, path: Path) -> None:
+    """`plots`: None as long as they are not drawn."""
+    path.write_text("".join(document(results, plots)), encoding="utf-8")
 
 
-def document(results: Results) -> Iterator[str]:
+def document(results: Results, plots: Sequence[Plot] | None) -> Iterator[str]:
     css, js = ((ASSETS / name).read_text() for name in ("report.css", "report.js"))
     yield '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
     yield '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -37,11 +39,11 @@ def document(results: Results) -> Iterator[str]:
     yield from headline(results)
     yield from table_of_standings(results)
     yield from behind(results)
-    yield from plots(results)
+    yield from gallery(plots)
     yield "<h2>Every row</h2><p><label>Show rows with "
     yield '<input type="search" id="filter" placeholder="attention bfloat16 triton"></label></p>\n'
     for family in dict.fromkeys(row.family for row in results.rows):
-        yield from family_section(family, [row for row in results.rows if row.family == family])
+        yield from family_section(family, [row for row in results.rows if row.family == family], results.best_peers())
     yield f"<script>{js}</script></body></html>\n"
 
 
@@ -57,6 +59,8 @@ def headline(results: Results) -> Iterator[str]:
     threads = results.machine.get("threads")
     yield f"<h1>fastattn on {escape(str(results.machine['device']['name']))}</h1>"
     yield f'<p class="soft">{escape(results.started)} · <code>{command}</code><br>{versions}<br>'
+    load = results.machine.get("load")
+    yield f"{f'load {load:.1f} before the run · ' if load is not None else ''}"
     yield f"{f'{threads} threads · ' if threads else ''}measured in this run: {', '.join(ceilings)}</p>\n"
     yield f"<p>{EXPLANATION}</p>\n"
 
@@ -93,16 +97,16 @@ def behind(results: Results) -> Iterator[str]:
     yield "</details>"
 
 
-def plots(results: Results) -> Iterator[str]:
+def gallery(plots: Sequence[Plot] | None) -> Iterator[str]:
     yield "<h2>Plots</h2>"
-    if not available():
-        yield f"<p>{NO_MATPLOTLIB}</p>"
+    if not plots:
+        why = "No row has a time to plot." if plots is not None else "The run was stopped before they were drawn."
+        yield f"<p>{why if available() else NO_MATPLOTLIB}</p>"
         return
     yield '<div class="plots">'
-    for name, figure in figures(results):
-        svg = as_svg(figure)
-        label = escape(name.replace("_", " "))
-        prefixed = unique_ids(svg[svg.index("<svg") :], name)
+    for plot in plots:
+        label = escape(plot.name.replace("_", " "))
+        prefixed = unique_ids(plot.svg[plot.svg.index("<svg") :], plot.name)
         yield f'<figure role="img" aria-label="{label}">{prefixed}</figure>\n'
     yield "</div>"
 
@@ -117,10 +121,10 @@ def unique_ids(svg: str, name: str) -> str:
     )
 
 
-def family_section(family: str, rows: Sequence[Row]) -> Iterator[str]:
+def family_section(family: str, rows: Sequence[Row], best: dict[Key, float]) -> Iterator[str]:
     yield f'<section data-family="{escape(family)}"><h2>{escape(family)}</h2>'
     present = [row for row in rows if row.status != "unavailable"]
-    lines = [cells(row) for row in present]
+    lines = [cells(row, best) for row in present]
     filled = [i for i, head in enumerate(COLUMNS) if head in TEXT or any(line[i][1] for line in lines)]
     yield from sortable(
         "rows",
@@ -134,7 +138,7 @@ def family_section(family: str, rows: Sequence[Row]) -> Iterator[str]:
     yield "</section>\n"
 
 
-def cells(row: Row) -> tuple[tuple[object, str], ...]:
+def cells(row: Row, best: dict[Key, float]) -> tuple[tuple[object, str], ...]:
     spread = None
     if row.seconds and row.fastest_quarter is not None and row.slowest_quarter is not None:
         spread = (row.slowest_quarter - row.fastest_quarter) / row.seconds * 50
@@ -142,6 +146,7 @@ def cells(row: Row) -> tuple[tuple[object, str], ...]:
     numbers = (
         (row.seconds and row.seconds * 1e6, "{:.1f}"),
         (spread, "{:.0f}"),
+        ((row.seconds and row.key in best and best[row.key] / row.seconds) or None, "{:.2f}"),
         (row.tflops, "{:.3g}"),
         (row.gb_per_s, "{:.4g}"),
         (row.of_roofline and row.of_roofline * 100, "{:.0f}"),

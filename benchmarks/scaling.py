@@ -16,6 +16,7 @@ from pathlib import Path
 
 from benchmarks.results import Results, Row, read_json
 from benchmarks.summary import fastest, geometric_mean
+from fastattn.cli import arguments
 from fastattn.errors import ArgumentError
 
 HALF, SINGLE = 2, 4  # bytes
@@ -74,7 +75,7 @@ class Rates:
         products = results.ceilings.get(f"flops_per_s_{dtype}")
         if products is None:
             known = [name.removeprefix("flops_per_s_") for name in results.ceilings if name.startswith("flops")]
-            raise ArgumentError(f"`--dtype` is {dtype!r}; that run measured {', '.join(known)}.")
+            raise ArgumentError(f"`--dtype` is {dtype!r}; that run measured {', '.join(known) or 'none'}.")
         forward, backward = (attention_rate(results, model, dtype, d) for d in ("forward", "backward"))
         return cls(products, forward, backward, results.ceilings["bytes_per_s"], link)
 
@@ -262,22 +263,28 @@ def measured_model(row: Row) -> tuple[Model, int]:
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser("python -m fastattn bench model", description=__doc__.split("\n\n")[0])
-    p.add_argument("--gpus", type=int, default=8, metavar="N")
+    p.add_argument("--gpus", type=arguments.positive, default=8, metavar="N")
     p.add_argument("--results", type=Path, required=True, metavar="FILE", help="results.json of one such GPU")
     p.add_argument("--dtype", default="bfloat16")
-    p.add_argument("--link", type=float, default=450.0, metavar="GB/s", help="one way between GPUs; NVLink 4: 450")
+    p.add_argument(
+        "--link",
+        type=arguments.positive_number,
+        default=450.0,
+        metavar="GB/s",
+        help="one way between GPUs; NVLink 4: 450",
+    )
     for name, value in asdict(Model()).items():
-        p.add_argument(f"--{name.replace('_', '-')}", type=int, default=value, dest=name)
-    p.add_argument("--sequences", type=int, default=1, metavar="B", help="in the batch of each replica")
+        p.add_argument(f"--{name.replace('_', '-')}", type=arguments.positive, default=value, dest=name)
+    p.add_argument("--sequences", type=arguments.positive, default=1, metavar="B", help="in the batch of each replica")
     p.add_argument("--check", action="store_true", help="compare with the layers and steps that the run measured")
-    p.add_argument("--json", type=Path, metavar="FILE")
+    p.add_argument("--json", type=arguments.new_file, metavar="FILE")
     return p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     model = Model(**{name: getattr(args, name) for name in asdict(Model())})
-    validate(args, model)
+    validate(model)
     results = read_json(args.results)
     if args.check:
         return print_check(results)
@@ -292,17 +299,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def validate(args: argparse.Namespace, model: Model) -> None:
-    for name in ("gpus", "sequences", *asdict(model)):
-        if getattr(args, name) < 1:
-            raise ArgumentError(f"`--{name.replace('_', '-')}` is {getattr(args, name)}; it must be at least 1.")
+def validate(model: Model) -> None:
     if model.d_model % model.heads or model.heads % model.kv_heads:
         raise ArgumentError(
             f"`--heads` is {model.heads} and `--kv-heads` {model.kv_heads}; "
             f"heads must divide d_model = {model.d_model}, and kv_heads must divide heads."
         )
-    if args.link <= 0:
-        raise ArgumentError(f"`--link` is {args.link}; it must be positive.")
 
 
 def print_predictions(model: Model, rates: Rates, found: dict[str, tuple[Layout, Prediction]], gpus: int) -> None:

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from benchmarks.results import Results, Row
+from benchmarks.results import Key, Results, Row
 
 
 @dataclass(frozen=True)
 class Duel:
     """Our fastest right row of a workload and the fastest right one of a peer; either may be missing."""
 
-    key: tuple[str, str, str, str]
+    key: Key
     ours: Row | None
     best_peer: Row | None
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -39,13 +39,13 @@ class Problem(ABC):
     def bytes(self, direction: Direction, itemsize: int) -> float:
         """The fewest bytes that have to move: each input read once, each result written once."""
 
-    def part(self) -> tuple[Problem, Any]:
-        """A smaller problem whose result is a part of this one's, and what `restrict` needs to cut that part out."""
-        return self, None
+    def parts(self) -> list[tuple[Problem, Callable[[str, Tensor], Tensor]]]:
+        """Smaller problems whose results and gradients, one behind the other in dimension 1, are this one's.
 
-    def restrict(self, name: str, t: Tensor, what: Any) -> Tensor:
-        """Of the input, gradient or result (`y`) called `name`, what belongs to `part()`."""
-        return t
+        Each with what cuts its own part out of the input, or of the result (`y`), of a given name. Their truths are
+        computed one after another, which takes less memory than all at once.
+        """
+        return [(self, lambda name, t: t)]
 
 
 @dataclass(frozen=True)

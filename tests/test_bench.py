@@ -10,13 +10,13 @@ import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
-from statistics import median
 
 import pytest
 import torch
+from results_example import example
 from test_cli import run
 
-from benchmarks import families, gate, memory, timing
+from benchmarks import families, gate
 from benchmarks.ceilings import Ceilings
 from benchmarks.problems.attention import AttentionProblem, VarlenProblem
 from benchmarks.problems.rows import CrossEntropyProblem, NormProblem, SoftmaxProblem
@@ -92,8 +92,9 @@ def nan_at_the_end(y):
 WRONG = {
     "two percent too large": (lambda y: y * 1.02, "the result is"),
     "one entry off": (one_entry_off, "the result is up to"),
+    "the first head of zeros": (lambda y: torch.cat((0 * y[:, :1], y[:, 1:]), 1), "the result is up to"),
     "NaN": (nan_at_the_end, "the result is up to inf"),
-    "another shape": (lambda y: y[..., :-1], "the result has shape (2, 2, 40, 15), not (2, 2, 40, 16)"),
+    "another shape": (lambda y: y[..., :-1], "the result has shape (2, 4, 40, 15), not (2, 4, 40, 16)"),
 }
 
 
@@ -177,15 +178,15 @@ def test_who_cannot_run_says_why_and_the_others_go_on():
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
-def test_the_checked_part_is_a_part_of_the_whole(name):
-    """What `part` computes of the cut inputs is what `restrict` cuts out of the whole result."""
-    problem = PROBLEMS[name]
-    inputs = problem.inputs(torch.float64, CPU)
-    part, what = problem.part()
-    cut = {n: problem.restrict(n, t, what) for n, t in inputs.items()}
-    whole = problem.compute(inputs)
-    assert tuple(whole.shape) == problem.result_shape()
-    torch.testing.assert_close(part.compute(cut), problem.restrict("y", whole, what))
+def test_the_truth_is_the_whole_of_the_result_and_of_each_gradient(name):
+    """Computed head by head, and put together."""
+    asked = workload(PROBLEMS[name], "step", torch.float64)
+    inputs = asked.problem.inputs(torch.float64, CPU)
+    dy = gate.gradient_of_result(asked, inputs)
+    truth = gate.truth_of(asked, inputs, dy)
+    whole = gate.results(asked, Call(gate.unfused(asked.problem), inputs), dy)
+    assert tuple(whole["y"].shape) == asked.problem.result_shape()
+    torch.testing.assert_close(truth.exact, whole)
 
 
 @pytest.mark.parametrize(
@@ -270,38 +271,6 @@ def test_unknown_families_and_providers_are_named_with_the_known_ones():
     assert len(choose(["torch"], discover())) > len(choose(["torch/flex"], discover()))
 
 
-def test_contestants_take_turns_and_are_all_measured_alike(monkeypatch):
-    order: list[str] = []
-    monkeypatch.setattr(timing, "cpu_timer", lambda call: lambda: (order.append(call()), 1.0)[1])
-    found = timing.measure({n: lambda n=n: n for n in "abc"}, CPU, Effort(seconds=0.0, fewest=4, most=9))
-    assert "".join(order) == "abccbaabccba"
-    assert {name: t.samples for name, t in found.items()} == {"a": 4, "b": 4, "c": 4}
-    order.clear()
-    timing.measure({"a": lambda: "a"}, CPU, Effort(seconds=60.0, fewest=4, most=9))
-    assert len(order) == 9
-
-
-@pytest.mark.parametrize(
-    ("seconds", "capturable", "method"),
-    [((3e-4, 5e-5), True, "graph"), ((3e-4, 5e-5), False, "events"), ((3e-4, 2e-4), True, "events")],
-    ids=["launch-bound", "launch-bound, not to be captured", "long"],
-)
-def test_on_a_gpu_graphs_are_for_launch_bound_calls_and_for_all_or_none(monkeypatch, seconds, capturable, method):
-    def graph_timer(call):
-        if not capturable and call == "b":
-            raise RuntimeError("operation not permitted when stream is capturing")
-        return lambda: 1e-6
-
-    monkeypatch.setattr(timing, "l2_flush", lambda device: None)
-    monkeypatch.setattr(timing, "event_timer", lambda call, flush: lambda: dict(zip("ab", seconds, strict=True))[call])
-    monkeypatch.setattr(timing, "graph_timer", graph_timer)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    found = timing.measure({"a": "a", "b": "b"}, torch.device("cuda"), BRIEF)
-    assert {t.method for t in found.values()} == {method}
-    expected = (1e-6, 1e-6) if method == "graph" else seconds
-    assert tuple(t.median for t in found.values()) == expected
-
-
 def test_the_regression_set_runs_under_pytest_benchmark():
     command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "-q", "-k", "softmax"]
     alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # no worker of ours
@@ -309,26 +278,6 @@ def test_the_regression_set_runs_under_pytest_benchmark():
     assert done.returncode == 0, done.stdout
     assert "2 passed" in done.stdout
     assert "test_speed[softmax causal 4096x256 float32 forward]" in done.stdout
-
-
-def test_times_are_medians_of_what_a_call_takes():
-    values = [3.0, 1.0, 2.0, 100.0, 4.0]
-    found = timing.summarize(values, "clock")
-    assert found.median == median(values)
-    assert (found.fastest_quarter, found.slowest_quarter) == (2.0, 4.0)
-    slept = timing.measure({"sleep": lambda: __import__("time").sleep(0.003)}, CPU, BRIEF)["sleep"]
-    assert 0.003 <= slept.median < 0.05
-
-
-def test_peak_memory_is_that_of_the_allocator():
-    def call():
-        a = torch.empty(1 << 20)  # 4 MiB
-        b = a + 1  # 8
-        del a
-        c = b + 1  # 8
-        return c[:1].clone()
-
-    assert 0 <= memory.peak_bytes(call, CPU) - (8 << 20) < 1024  # and scalars
 
 
 def test_the_roof_is_the_slower_of_copies_and_products():
@@ -417,7 +366,12 @@ def test_a_run_that_is_cut_short_keeps_what_it_has(tmp_path):
         (("bench", "--vs", "nobody"), "`--vs` has 'nobody'; the providers are"),
         (("bench", "compare", "no.json", "none.json"), "no.json"),
         (("bench", "--threads", "0"), "must be at least 1, but is 0"),
+        (("bench", "--seconds", "nan"), "argument --seconds: must be at least 0, but is nan"),
         (("bench", "--out", __file__), "which is a file; it must be a folder"),
+        (("bench", "--out", "/proc/no"), "`--out` is /proc/no, where nothing can be written: "),
+        (("bench", "overhead", "--rounds", "0"), "argument --rounds: must be at least 1, but is 0"),
+        (("bench", "overhead", "--json", "/no/such/file"), "/no/such/file cannot be written: /no/such is no folder"),
+        (("verify", "--json", str(ROOT)), "cannot be written: it is a folder"),
         pytest.param(
             ("bench", "--device", "cuda"),
             "`--device` is cuda, and torch sees no GPU",
@@ -441,8 +395,22 @@ def test_list_names_families_and_providers():
         assert p.name in done.stdout
 
 
-def test_json_is_whole_after_every_workload(tmp_path, monkeypatch):
-    """An interruption in between leaves a file that can be read."""
+def test_the_tables_are_there_before_the_plots_are_drawn(tmp_path, monkeypatch):
+    from benchmarks import main, plots
+
+    def killed(results):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(plots, "plots_of", killed)
+    with pytest.raises(KeyboardInterrupt):
+        main.write_everything(example(), tmp_path, plots=True)
+    assert read_json(tmp_path / "results.json") == example()
+    assert (tmp_path / "results.csv").exists()
+    assert "stopped before they were drawn" in (tmp_path / "report.html").read_text()
+
+
+def test_json_is_whole_after_every_workload(tmp_path, monkeypatch, capsys):
+    """An interruption in between leaves a file that can be read, and a report of it."""
     from benchmarks import main
 
     seen = []
@@ -455,8 +423,11 @@ def test_json_is_whole_after_every_workload(tmp_path, monkeypatch):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(main, "write_json", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        main.run(["softmax", "--quick", "--vs", "torch/eager", "--out", str(tmp_path), "--device", "cpu"])
-    assert len(seen) == 2
-    assert all(b > a for a, b in pairwise(seen))
+    arguments = ["softmax", "--quick", "--vs", "torch/eager", "--no-plots", "--out", str(tmp_path), "--device", "cpu"]
+    assert main.run(arguments) == 130
+    assert len(seen) == 3  # and once at the end
+    assert (tmp_path / "results.csv").read_text().count("\n") == seen[-1] + 1
+    assert "<table" in (tmp_path / "report.html").read_text()
+    assert "interrupted" in capsys.readouterr().out
+    assert all(b > a for a, b in pairwise(seen[:2]))
     assert len(read_json(tmp_path / "results.json").rows) == seen[-1]

@@ -58,6 +58,21 @@ def test_twenty_percent_are_caught(factor):
     assert caught >= 0.98 * len(SEEDS)
 
 
+@pytest.mark.parametrize("factor", [1.0, 1.2])
+@pytest.mark.parametrize("peers", [1, 3])
+def test_beside_peers_too_which_have_noise_of_their_own(peers, factor):
+    """With the samples of a thorough run."""
+    slower = 0
+    for seed in SEEDS:
+        rng = np.random.default_rng(seed)
+        before, after = (
+            results(measured(rng, s, samples=60), *(measured(rng, 2e-3, f"p{i}", samples=60) for i in range(peers)))
+            for s in (1e-3, 1e-3 * factor)
+        )
+        slower += verdicts(before, after)[0] == "slower"
+    assert slower >= 0.98 * len(SEEDS) if factor > 1 else slower <= len(SEEDS) // 100
+
+
 def test_a_drift_of_the_whole_machine_cancels_out_beside_a_control():
     found = []
     for seed in SEEDS:

@@ -60,6 +60,7 @@ COMPUTES = {  # provider -> what it must compute; everything else of its ops it 
     "flash_attn/2": FLASH,
     "flash_attn/3": FLASH,
     "flash_attn/4": FLASH,
+    "torch/varlen": {"packed", "packed, causal"},
     "xformers": {"full", "causal", "causal, more keys", "bias", "packed", "packed, causal"},
     "transformer_engine": FLASH - {"softcap", "packed", "packed, causal"} | {"layer_norm", "rms_norm"},
     "liger": {"layer_norm", "rms_norm", "softmax", "cross_entropy", "linear_cross_entropy", "swiglu"},
@@ -154,6 +155,28 @@ def flash_4():
         "flash_attn": {},
         "flash_attn.cute": {"flash_attn_func": flash_attn_func, "flash_attn_varlen_func": flash_attn_varlen_func},
     }
+
+
+def torch_varlen():
+    def varlen_attn(
+        query,
+        key,
+        value,
+        cu_seq_q,
+        cu_seq_k,
+        max_q,
+        max_k,
+        *,
+        return_aux=None,
+        scale=None,
+        window_size=(-1, -1),
+        **rest,
+    ):
+        assert max_q == max_k == cu_seq_q.diff().max()
+        assert window_size in ((-1, -1), (-1, 0))
+        return packed(query, key, value, cu_seq_q, scale, window_size == (-1, 0))
+
+    return {"torch.nn.attention.varlen": {"varlen_attn": varlen_attn}}
 
 
 def xformers():
@@ -279,8 +302,8 @@ def quack():
 
 
 STAND_INS = {
-    "flash_attn/2": flash_2, "flash_attn/3": flash_3, "flash_attn/4": flash_4, "xformers": xformers,
-    "transformer_engine": transformer_engine, "liger": liger, "quack": quack,
+    "flash_attn/2": flash_2, "flash_attn/3": flash_3, "flash_attn/4": flash_4, "torch/varlen": torch_varlen,
+    "xformers": xformers, "transformer_engine": transformer_engine, "liger": liger, "quack": quack,
 }  # fmt: skip
 
 
@@ -301,12 +324,14 @@ def install(monkeypatch):
     return put
 
 
-def pairs(computed: bool):
+def pairs(computed: bool) -> list:
+    found = []
     by_name = {p.name: p for p in discover()}
     for name, can in COMPUTES.items():
         for key, problem in PROBLEMS.items():
             if problem.op in by_name[name].ops and (key in can) == computed:
-                yield pytest.param(name, key, id=f"{name}-{key}")
+                found.append(pytest.param(name, key, id=f"{name}-{key}"))
+    return found
 
 
 def workload(problem, direction, dtype=torch.bfloat16) -> Workload:
@@ -370,6 +395,19 @@ def test_nothing_is_for_cpus(install, name):
     for w in workloads(CPU):
         if w.problem.op in provider.ops:
             assert provider.limits(w, CPU) is not None
+
+
+@pytest.mark.parametrize("key", ["packed", "packed, causal"])
+def test_flex_sees_packed_sequences_apart(key):
+    (provider,) = (p for p in discover() if p.name == "torch/flex")
+    asked = replace(workload(PROBLEMS[key], "forward"), dtype=torch.float32)
+    inputs = asked.problem.inputs(torch.float32, CPU)
+    assert provider.limits(asked, CPU) is None
+    truth = gate.truth_of(asked, inputs, None)
+    call = provider.make(asked, inputs)
+    assert gate.check(truth, call, None).wrong is None
+    alone = provider.make(replace(asked, problem=replace(asked.problem, lengths=(18,))), inputs)
+    assert gate.check(truth, alone, None).wrong is not None
 
 
 def test_names_are_unique():

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 from results_example import example
 
-from benchmarks.plots import as_svg, figures, write_plots
+from benchmarks.plots import as_svg, figures, plots_of, write_plots
 from benchmarks.report import write_report
 from benchmarks.summary import duels, standings
 
@@ -31,7 +31,7 @@ ARGUMENTS = (
 @pytest.fixture(scope="module")
 def report(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("report") / "report.html"
-    write_report(example(), path)
+    write_report(example(), plots_of(example()), path)
     return path
 
 
@@ -75,9 +75,11 @@ def test_every_row_is_there_and_told_as_it_is(report):
     by_family = {
         family: [r for r in present if r.family == family] for family in dict.fromkeys(r.family for r in present)
     }
+    best = results.best_peers()
     for line, row in zip(shown, [r for rows in by_family.values() for r in rows], strict=True):
         assert line[:4] == [row.name, row.dtype, row.direction, row.provider]
         assert line[4] == ("" if row.seconds is None else f"{row.seconds * 1e6:.1f}")
+        assert line[6] == (f"{best[row.key] / row.seconds:.2f}" if row.seconds else "")
         assert line[-1] == (row.status if row.reason is None else f"{row.status}: {row.reason}")
     assert escape("flash_attn/2: no <module>") in report.read_text()
 
@@ -124,8 +126,20 @@ def test_plots_are_the_same_each_time_and_show_every_provider():
     assert "quack" not in once["layer_norm_forward"]  # it was wrong, and has no speed
 
 
+@pytest.mark.parametrize(
+    ("plots", "why"), [(None, "stopped before they were drawn"), ([], "No row has a time to plot")]
+)
+def test_a_report_without_plots_says_why(tmp_path, plots, why):
+    write_report(example(), plots, tmp_path / "r.html")
+    text = (tmp_path / "r.html").read_text()
+    assert why in text
+    assert len([row for row in Page(text).rows["rows"] if row]) == sum(
+        r.status != "unavailable" for r in example().rows
+    )
+
+
 def test_plots_are_pictures(tmp_path):
-    write_plots(example(), tmp_path)
+    write_plots(plots_of(example()), tmp_path)
     pictures = sorted(tmp_path.glob("*.png"))
     assert {p.stem for p in pictures} == {p.stem for p in tmp_path.glob("*.svg")}
     for path in pictures:

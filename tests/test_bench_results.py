@@ -80,6 +80,37 @@ def test_other_files_are_refused_by_a_sentence(tmp_path, text, message):
     assert message in str(caught.value)
 
 
+UNREADABLE = {
+    "no machine": (lambda d: d.pop("machine"), "missing 1 required positional argument: 'machine'"),
+    "no rows": (lambda d: d.pop("rows"), "'rows'"),
+    "no version": (lambda d: d.pop("schema"), "has version None of the results' form"),
+    "no device name": (lambda d: d["machine"].update(device={}), "'name'"),
+    "an unknown field": (lambda d: d["rows"][0].update(speed=1), "unexpected keyword argument 'speed'"),
+    "no family": (lambda d: d["rows"][0].pop("family"), "missing 1 required positional argument: 'family'"),
+    "an unknown status": (lambda d: d["rows"][0].update(status="fine"), "status is 'fine'"),
+    "a time in words": (lambda d: d["rows"][0].update(seconds="fast"), "seconds is 'fast'"),
+    "no time of a right row": (lambda d: d["rows"][0].update(seconds=None), "is ok with a time of None"),
+    "a time of 0": (lambda d: d["rows"][0].update(seconds=0.0), "is ok with a time of 0.0"),
+    "a time that is NaN": (lambda d: d["rows"][0].update(seconds=float("nan")), "it holds NaN"),
+    "a time of a wrong row": (
+        lambda d: next(r for r in d["rows"] if r["status"] == "wrong").update(seconds=1.0),
+        "is wrong with a time of 1.0",
+    ),
+    "a row that is a number": (lambda d: d["rows"].append(3), "int"),
+}
+
+
+@pytest.mark.parametrize("damage", UNREADABLE)
+def test_damaged_files_are_refused_by_a_sentence(written, damage):
+    spoil, message = UNREADABLE[damage]
+    data = json.loads(written.read_text())
+    spoil(data)
+    written.write_text(json.dumps(data))
+    with pytest.raises(ArgumentError, match=r"results\.json") as caught:
+        read_json(written)
+    assert message in str(caught.value)
+
+
 def test_numbers_that_json_does_not_have_are_not_written(tmp_path):
     bad = example()
     bad.rows[0] = replace(bad.rows[0], error=float("inf"))
@@ -90,7 +121,7 @@ def test_numbers_that_json_does_not_have_are_not_written(tmp_path):
 
 
 def test_csv_has_a_line_for_each_row_and_what_follows_from_it(tmp_path):
-    write_csv(example().rows, tmp_path / "r.csv")
+    write_csv(example(), tmp_path / "r.csv")
     with (tmp_path / "r.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
     assert len(lines) == len(example().rows)
@@ -98,6 +129,8 @@ def test_csv_has_a_line_for_each_row_and_what_follows_from_it(tmp_path):
         assert line["provider"] == row.provider
         assert line["reason"] == (row.reason or "")
         assert line["tflops"] == ("" if row.tflops is None else str(row.tflops))
+        peers = [r.seconds for r in example().rows if r.key == row.key and r.seconds and not r.ours]
+        assert line["to_best_peer"] == ("" if row.seconds is None else str(min(peers) / row.seconds))
         assert line["gb_per_s"] == ("" if row.gb_per_s is None else str(row.gb_per_s))
 
 

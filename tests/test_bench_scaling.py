@@ -144,9 +144,11 @@ def test_the_command_checks_itself_against_what_was_measured(file):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--gpus", "0"), "`--gpus` is 0; it must be at least 1."),
+        (("--gpus", "0"), "argument --gpus: must be at least 1, but is 0"),
         (("--heads", "24", "--kv-heads", "8"), "heads must divide d_model = 4096"),
-        (("--link", "0"), "`--link` is 0.0; it must be positive."),
+        (("--link", "0"), "argument --link: must be positive and finite, but is 0"),
+        (("--link", "nan"), "argument --link: must be positive and finite, but is nan"),
+        (("--json", "/no/such/model.json"), "/no/such is no folder"),
     ],
 )
 def test_wrong_arguments_are_answered_by_a_sentence(file, arguments, message):

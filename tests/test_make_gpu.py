@@ -68,6 +68,38 @@ def test_a_step_that_takes_too_long_is_stopped_with_what_it_started(monkeypatch,
     assert not child.exists()
 
 
+def test_a_step_that_is_stopped_may_say_what_it_has_found(monkeypatch, tmp_path):
+    code = (
+        "import time\n"
+        "try:\n    print('begun', flush=True); time.sleep(60)\n"
+        "except KeyboardInterrupt:\n    print('one failed, two passed', flush=True); time.sleep(60)"
+    )
+    monkeypatch.setattr(gpu, "GRACE", 0.5)
+    began = time.monotonic()
+    _, summary, out = run(monkeypatch, tmp_path, [script(code)], "--budget", "5")
+    assert time.monotonic() - began < 15
+    assert [s["status"] for s in summary["steps"]] == ["timeout"]
+    assert (out / "tests.log").read_text().splitlines()[-2:] == ["begun", "one failed, two passed"]
+
+
+def test_half_a_file_is_not_kept(monkeypatch, tmp_path):
+    code = (
+        f"import pathlib; [pathlib.Path({str(tmp_path / 'out')!r}, n).touch() for n in ('results.tmp', 'results.json')]"
+    )
+    *_, out = run(monkeypatch, tmp_path, [script(code)])
+    assert sorted(p.name for p in out.iterdir()) == ["results.json", "summary.json", "tests.log"]
+
+
+def test_tests_that_cannot_be_imported_do_not_stop_the_others(tmp_path):
+    """A bare machine may have pytest, and not all that some tests need."""
+    (tmp_path / "test_needs.py").write_text("import no_such_package")
+    (tmp_path / "test_runs.py").write_text("def test_it(): pass")
+    *command, _ = gpu.pytest_command()
+    done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert "1 passed" in done.stdout
+    assert done.returncode != 0
+
+
 def test_seconds_are_handed_to_commands_that_take_them(monkeypatch, tmp_path):
     step = Step("bench", (PYTHON, "-c", "import sys; print(sys.argv[1])", "{seconds}"), 0.5, "tests.log")
     _, _, out = run(monkeypatch, tmp_path, [step], "--budget", "100")

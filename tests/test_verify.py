@@ -11,8 +11,9 @@ from test_cli import run
 import fastattn
 from fastattn import backends
 from fastattn.cli import main
+from fastattn.cli.verify import examined
 from fastattn.errors import UnsupportedError
-from fastattn.verification import Check, checks, examine
+from fastattn.verification import Check, checks, examine, prepare
 from fastattn.verification.check import DTYPES, in_float64
 
 CPU = torch.device("cpu")
@@ -114,7 +115,7 @@ def test_what_is_hidden_does_leak_without_a_mask():
         return fastattn.attention(q, k, v, backend=backend)
 
     broken = Check(check.name, check.theirs, leaks, check.shapes, check.constants, check.hidden)
-    (report,) = examine(broken, torch.float32, CPU, ["eager"])
+    (report,) = examine(prepare(broken, torch.float32, CPU), ["eager"])
     assert report.status == "wrong"
     assert {f.tensor for f in report.findings if f.error == float("inf")} >= {"y", "dq"}
 
@@ -128,12 +129,33 @@ def test_what_is_said_to_be_torchs_is_the_reference(check):
     torch.testing.assert_close(ours, check.theirs(**inputs, **constants))
 
 
+def test_torchs_operations_are_given_one_thread_and_kernels_all(monkeypatch):
+    """A busy machine is then no reason to take minutes; and kernels are checked as they will run."""
+    seen = {}
+
+    def halve(x, backend="torch"):
+        seen[backend] = torch.get_num_threads()
+        return x / 2
+
+    monkeypatch.setattr(backends.get("eager"), "COMPOSITE", False)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        check = Check("half", halve, halve, {"x": (9, 9)})
+        reports = list(examined([check], [torch.float32], CPU, ["eager", "reference"]))
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert seen == {"torch": 1, "eager": 3, "reference": 1}
+    assert [(report.backend, report.status) for report in reports] == [("reference", "ok"), ("eager", "ok")]
+
+
 def test_an_overflow_of_torch_is_no_excuse():
     def square(x, backend=None):
         return (1e3 * x).square() / 1e6
 
     check = Check("overflow", square, square, {"x": (9, 9)})
-    (report,) = examine(check, torch.float16, CPU, ["eager"])
+    (report,) = examine(prepare(check, torch.float16, CPU), ["eager"])
     assert report.status == "wrong"
     assert report.worst.torch_error == float("inf")
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate, pairwise
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -100,15 +101,18 @@ class AttentionProblem(Problem):
                 s = s.masked_fill(~mask, -torch.inf)
         return s.softmax(-1) @ v
 
-    def part(self) -> tuple[AttentionProblem, Any]:
-        """The last head of k and v with its group of queries, in every sequence."""
+    def parts(self) -> list[tuple[Problem, Callable[[str, Tensor], Tensor]]]:
+        """Each head of k and v with its group of queries, in every sequence."""
         group = self.H // self.heads_kv
-        return replace(self, H=group, H_kv=1), group
+        one = replace(self, H=group, H_kv=1)
 
-    def restrict(self, name: str, t: Tensor, what: Any) -> Tensor:
-        if name in ("q", "y", "bias"):
-            return t[:, -what:]
-        return t[:, -1:] if name in ("k", "v") else t
+        def cut(head: int, name: str, t: Tensor) -> Tensor:
+            if name == "mask":
+                return t
+            width = 1 if name in ("k", "v") else group
+            return t[:, head * width : (head + 1) * width]
+
+        return [(one, partial(cut, head)) for head in range(self.heads_kv)]
 
     @cached_property
     def pairs(self) -> int:
@@ -180,11 +184,11 @@ class VarlenProblem(Problem):
             results.append(one.compute({"q": q, "k": k, "v": v}))
         return torch.cat(results, 2)[0].transpose(0, 1)
 
-    def part(self) -> tuple[VarlenProblem, Any]:
-        return replace(self, H=1), None
+    def parts(self) -> list[tuple[Problem, Callable[[str, Tensor], Tensor]]]:
+        def cut(head: int, name: str, t: Tensor) -> Tensor:
+            return t if name == "cu_seqlens" else t[:, head : head + 1]
 
-    def restrict(self, name: str, t: Tensor, what: Any) -> Tensor:
-        return t if name == "cu_seqlens" else t[:, -1:]
+        return [(replace(self, H=1), partial(cut, head)) for head in range(self.H)]
 
     def flops(self, direction: Direction) -> float:
         return sum(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from benchmarks.problems.attention import AttentionProblem
+from benchmarks.problems.attention import AttentionProblem, VarlenProblem
 from benchmarks.provider import Call, Provider
 from benchmarks.providers.torch_compile import available
 from benchmarks.workload import Tensors, Workload
@@ -27,6 +28,14 @@ def attention(problem: AttentionProblem, tensors: Tensors) -> Call:
         )  # fmt: skip
 
     return Call(function, tensors)
+
+
+def varlen_attention(problem: VarlenProblem, tensors: Tensors) -> Call:
+    """Of one sequence that is the files one behind the other, each of which sees itself only."""
+    T = problem.tokens
+    whole = AttentionProblem(1, problem.H, T, T, problem.D, problem.causal, documents=problem.lengths)
+    laid_out = {name: tensors[name].transpose(0, 1)[None].contiguous() for name in "qkv"}  # (1, H, T, D)
+    return replace(attention(whole, laid_out), canonical=lambda t: t[0].transpose(0, 1))
 
 
 def block_mask_of(problem: AttentionProblem, device: torch.device) -> Any:
@@ -62,10 +71,10 @@ def limits(workload: Workload, device: torch.device) -> str | None:
     if device.type == "cpu" and workload.direction != "forward":
         return "FlexAttention has no backward on CPUs"
     problem = workload.problem
-    assert isinstance(problem, AttentionProblem)
+    assert isinstance(problem, (AttentionProblem, VarlenProblem))
     if problem.D < 16:
         return "FlexAttention needs head dimensions of 16 and more"
     return None
 
 
-PROVIDERS = [Provider("torch/flex", {"attention": attention}, available, limits)]
+PROVIDERS = [Provider("torch/flex", {"attention": attention, "varlen_attention": varlen_attention}, available, limits)]

@@ -8,13 +8,13 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 import fastattn
+from fastattn.cli import arguments
 from fastattn.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -31,8 +31,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=list(KERNELS), help="default: all")
     parser.add_argument("--head-dim", type=int, nargs="+", choices=(64, 128, 256), default=[64, 128, 256])
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
-    parser.add_argument("--seconds", type=float, default=600.0, help="about as long as it may take; default: 600")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the diff there instead of to the terminal")
+    parser.add_argument(
+        "--seconds", type=arguments.seconds, default=600.0, help="about as long as it may take; default: 600"
+    )
+    parser.add_argument(
+        "--out", type=arguments.new_file, metavar="FILE", help="write the diff there instead of to the terminal"
+    )
     parser.set_defaults(run=run)
 
 

@@ -8,19 +8,21 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
 from fastattn import backends
+from fastattn.cli import arguments
 from fastattn.cli.info import devices, versions
 from fastattn.errors import ArgumentError
 
 if TYPE_CHECKING:
     from fastattn.verification import Check, Report
 
+Item = TypeVar("Item")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -31,7 +33,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--op", default="", metavar="SUBSTR", help="only checks whose name contains this")
     parser.add_argument("--details", action="store_true", help="a line for each result and gradient, and each refusal")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every error to this file too")
+    parser.add_argument("--json", type=arguments.new_file, metavar="FILE", help="write every error to this file too")
     parser.set_defaults(run=run)
 
 
@@ -71,13 +73,36 @@ def run(args: argparse.Namespace) -> int:
 def examined(
     checks: Sequence[Check], dtypes: Sequence[torch.dtype], device: torch.device, names: Sequence[str]
 ) -> Iterator[Report]:
-    from fastattn.verification import examine
+    """Those of torch's operations first, then the kernels."""
+    from fastattn.verification import examine, prepare
 
-    total = len(checks) * len(dtypes)
-    for done, (check, dtype) in enumerate(((c, d) for c in checks for d in dtypes), start=1):
-        yield from examine(check, dtype, device, names)
+    composite = [name for name in names if backends.get(name).COMPOSITE]
+    kernels = [name for name in names if name not in composite]
+    cases = []
+    with one_thread():
+        for check, dtype in progress([(check, dtype) for check in checks for dtype in dtypes]):
+            cases.append(prepare(check, dtype, device))
+            yield from examine(cases[-1], composite)
+    for case in progress(cases if kernels else []):
+        yield from examine(case, kernels)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Of torch: on a busy machine several would wait for each other, ten times as long as so small tensors take one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # not for each call: torch starts threads anew
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def progress(items: Sequence[Item]) -> Iterator[Item]:
+    for done, item in enumerate(items, start=1):
+        yield item
         if sys.stderr.isatty():
-            print(f"\r{done}/{total} ", end="" if done < total else "\r", file=sys.stderr, flush=True)
+            print(f"\r{done}/{len(items)} ", end="" if done < len(items) else "\r", file=sys.stderr, flush=True)
 
 
 def heading() -> str:

@@ -7,10 +7,10 @@ in float64 is the truth.
 from __future__ import annotations
 
 from fastattn.verification.attention import attention_checks
-from fastattn.verification.check import Check, Finding, Report, examine
+from fastattn.verification.check import Case, Check, Finding, Report, examine, prepare
 from fastattn.verification.rows import more_row_checks, row_checks
 
-__all__ = ["Check", "Finding", "Report", "checks", "examine", "row_checks"]
+__all__ = ["Case", "Check", "Finding", "Report", "checks", "examine", "prepare", "row_checks"]
 
 
 def checks() -> list[Check]:

@@ -86,35 +86,45 @@ def in_float64(tensors: Tensors) -> Tensors:
     return {name: t.double() if t.is_floating_point() else t for name, t in tensors.items()}
 
 
-def references(
-    check: Check, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensors, Tensors, Tensor | None, Tensors, Tensors]:
-    """-> (inputs, constants, dy, the truth, torch's results in the dtype)."""
+@dataclass(frozen=True)
+class Case:
+    """A check in one dtype on one device: what a backend is given, and what it is held to."""
+
+    check: Check
+    dtype: torch.dtype
+    device: torch.device
+    inputs: Tensors
+    constants: Tensors
+    dy: Tensor | None
+    exact: Tensors  # the result and each gradient, by torch in float64
+    theirs: Tensors  # by torch in the dtype
+
+
+def prepare(check: Check, dtype: torch.dtype, device: torch.device) -> Case:
     inputs, generator = check.inputs(dtype, device)
     constants = check.constants(device)
     with torch.no_grad():
         shape = check.theirs(**inputs, **constants).shape
     dy = randn(shape, generator, dtype, device) if shape else None
     exact = run(check.theirs, in_float64(inputs), in_float64(constants), dy)
-    return inputs, constants, dy, exact, run(check.theirs, inputs, constants, dy)
+    return Case(check, dtype, device, inputs, constants, dy, exact, run(check.theirs, inputs, constants, dy))
 
 
-def examine(check: Check, dtype: torch.dtype, device: torch.device, backends: Sequence[str]) -> Iterator[Report]:
-    """One report for each backend; the truth and torch's results are computed once for all."""
-    inputs, constants, dy, exact, theirs = references(check, dtype, device)
-    spoilt = {name: t.clone() for name, t in inputs.items()}
-    for name, where in check.hidden.items():
+def examine(case: Case, backends: Sequence[str]) -> Iterator[Report]:
+    """One report for each backend."""
+    spoilt = {name: t.clone() for name, t in case.inputs.items()}
+    for name, where in case.check.hidden.items():
         spoilt[name][where] = torch.nan
     for backend in backends:
-        about = check.name, str(dtype).removeprefix("torch."), str(device), backend
+        about = case.check.name, str(case.dtype).removeprefix("torch."), str(case.device), backend
         try:
-            found = run(check.ours, spoilt, {**constants, "backend": backend}, dy)  # type: ignore[dict-item]
+            found = run(case.check.ours, spoilt, {**case.constants, "backend": backend}, case.dy)  # type: ignore[dict-item]
         except UnsupportedError as error:
             yield Report(*about, "refused", trouble=str(error))
         except Exception as error:  # whatever a kernel does on a machine we have not seen, the rest is still examined
             yield Report(*about, "failed", trouble=f"{type(error).__name__}: {error}")
         else:
-            findings = compared(found, exact, theirs)
+            findings = compared(found, case.exact, case.theirs)
             yield Report(*about, "ok" if all(finding.right for finding in findings) else "wrong", findings)
 
 

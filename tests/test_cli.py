@@ -19,10 +19,15 @@ TESTS = Path(__file__).parent
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """`python -m fastattn *arguments`, under additional environment variables."""
+    """`python -m fastattn *arguments`, under additional environment variables; CUDA kernels are not emulated."""
     command = [sys.executable, "-m", "fastattn", *arguments]
     return subprocess.run(
-        command, cwd=TESTS.parent, env={**os.environ, **environment}, capture_output=True, text=True, check=False
+        command,
+        cwd=TESTS.parent,
+        env={**os.environ, "FASTATTN_EMULATE": "0", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 

@@ -34,8 +34,9 @@ TINY = [
 
 
 def run(*arguments: str) -> str:
-    """Standard output of Python run as a newcomer would, that is without Triton's interpreter."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    """Standard output of Python run as a newcomer would, that is without kernels in an interpreter or emulator."""
+    simulators = ("TRITON_INTERPRET", "FASTATTN_EMULATE")
+    environment = {name: value for name, value in os.environ.items() if name not in simulators}
     done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -88,8 +88,9 @@ OPS: dict[str, Callable[[str, Any, Tensors], Call]] = {
 
 def available(backend: str) -> Callable[[torch.device], str | None]:
     def why_not(device: torch.device) -> str | None:
-        if backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
-            return "TRITON_INTERPRET=1: interpreted kernels take a time that says nothing"
+        for name, variable in (("triton", "TRITON_INTERPRET"), ("cuda", "FASTATTN_EMULATE")):
+            if backend == name and os.environ.get(variable) == "1":
+                return f"{variable}=1: simulated kernels take a time that says nothing"
         return backends.get(backend).available(device)
 
     return why_not

@@ -25,6 +25,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "fastattn.inspection": ("fastattn.native",),
     "fastattn.reference": ("fastattn.spec",),
     "=fastattn.backends": (
+        "=fastattn.backends.cpu",
         "=fastattn.backends.cuda",
         "=fastattn.backends.eager",
         "=fastattn.backends.reference",
@@ -40,6 +41,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "fastattn.spec",
         "fastattn.tracing",
     ),
+    "fastattn.backends.cpu": ("=fastattn.native", "fastattn.backends.row_layout", "fastattn.errors", "fastattn.spec"),
     "fastattn.backends.cuda": ("=fastattn.native", "fastattn.spec"),
     TRITON: ("fastattn.errors", "fastattn.inspection", "fastattn.spec", "triton"),
     f"{TRITON}.blocks": (f"={TRITON}", "fastattn.spec", "triton"),

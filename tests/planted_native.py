@@ -55,7 +55,7 @@ def write_tree(folder: Path, files: dict[str, str]) -> Path:
 FAKE_NVCC = r"""#!/bin/sh
 case "$1" in
   --version) echo "Cuda compilation tools, release 13.0, V13.0.88"; exit 0 ;;
-  --list-gpu-code) printf 'sm_80\nsm_90\nsm_100\n'; exit 0 ;;
+  --list-gpu-code) printf 'sm_80\nsm_86\nsm_90\nsm_100\n'; exit 0 ;;
 esac
 echo "$@" >> "$(dirname "$0")/calls"
 last=

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from planted_native import BINDINGS, write_tree
 from fastattn import native
 from fastattn.cli import main
 from fastattn.inspection import cuda
+from fastattn.inspection.cuda import CudaCase
+from fastattn.inspection.report import Report, violations
 from fastattn.native import plan, toolchain
 
 ROOT = Path(__file__).parent.parent
@@ -143,12 +146,52 @@ def test_build_without_nvcc_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setenv("PATH", "/nowhere")
     for name in ("CUDA_HOME", "CUDA_PATH"):
         monkeypatch.delenv(name, raising=False)
-    assert main(["build", "--arch", "sm_90a"]) == 1
+    assert main(["build", "--arch", "sm_90a", "--no-triton"]) == 1
     out, err = capsys.readouterr()
     assert out == ""
     assert "nvcc, NVIDIA's compiler, is missing" in err
     assert "pip install 'cuda-toolkit[nvcc,cudart]" in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(("error", "status"), [("", 0), ("CompilationError: at 1:2\n\nno such thing", 1)])
+def test_build_compiles_tritons_kernels_for_the_same_cards(
+    error, status, csrc, native_cache, toolkit, monkeypatch, capsys
+):
+    from fastattn.backends.triton import inspection
+    from fastattn.cli import build
+
+    def inspect(archs: list[str], workers: int) -> list[tuple[CudaCase, Report]]:
+        assert (archs, workers) == (["sm_80", "sm_90"], 3)
+        return [(case, Report(case.name, "sm_90", error=error)) for case in cases]
+
+    cases = [CudaCase("attention_fwd/x", 4), CudaCase("softmax/x", 4)]
+    monkeypatch.setattr(build, "interprets", lambda: False)
+    monkeypatch.setattr(inspection, "collect_cases", lambda arch: cases[:1])
+    monkeypatch.setattr(inspection, "inspect", inspect)
+    assert main(["build", "--arch", "90a", "86", "80", "--jobs", "3"]) == status
+    out, err = capsys.readouterr()
+    module, _, others, summary = out.splitlines()
+    assert module.startswith("cuda kernels for sm_80, sm_86, sm_90a: compiled by nvcc 13.0.88 in ")
+    assert others == "Triton kernels for sm_86 are compiled when they are first called."
+    assert summary.startswith(f"triton kernels for sm_80, sm_90: {0 if error else 2} in ")
+    assert ("sm_90 softmax/x: no such thing" in err) == bool(error)
+
+
+@pytest.mark.slow
+@needs_nvcc
+@pytest.mark.parametrize("arch", cuda.TARGETS)
+def test_every_cuda_kernel_keeps_its_budget(arch: str):
+    results = list(cuda.inspect(arch))
+    assert {case.name: violations(report, case) for case, report in results if violations(report, case)} == {}
+    kinds = {case.name.split("/")[1] for case, _ in results}
+    assert {"layer_norm", "softmax", "cross_entropy"} <= kinds
+    attention = [report for case, report in results if "attention" in case.name]
+    assert (len(attention) > 0) == (arch == "sm_90")
+    for report in attention:
+        assert report.half_dots
+        assert report.tensor_core["HGMMA"] > 0
+        assert min(report.tma_loads, report.matrix_stores, report.exp2) > 0
 
 
 LAUNCH = """
@@ -166,17 +209,10 @@ int answer() {
 @needs_nvcc
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU that would run it")
 def test_build_compiles_a_module_that_imports_with_no_driver_and_refuses_to_launch(root, tmp_path, monkeypatch, capsys):
-    real = ROOT / "csrc/cuda"
-    csrc = write_tree(
-        tmp_path / "csrc",
-        {
-            "bindings_cuda.cpp": BINDINGS,
-            "params.h": "int answer();\ninline int offset() { return 0; }\n",
-            "cuda/answer.cu": LAUNCH,
-            "cuda/launch.h": (real / "launch.h").read_text(),
-            "cuda/ptx/language.h": (real / "ptx/language.h").read_text(),
-        },
-    )
+    csrc = tmp_path / "csrc"
+    shutil.copytree(ROOT / "csrc/cuda", csrc / "cuda", ignore=shutil.ignore_patterns("*.cu"))
+    params = "int answer();\ninline int offset() { return 0; }\n"
+    write_tree(csrc, {"bindings_cuda.cpp": BINDINGS, "params.h": params, "cuda/answer.cu": LAUNCH})
     monkeypatch.setattr(plan, "csrc", lambda: csrc)
     native.forget()
     assert main(["build", "--arch", "8.0", "--no-triton"]) == 0

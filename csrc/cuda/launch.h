@@ -1,17 +1,11 @@
 // Launching a kernel of one parameter: launch(kernel, {grid, threads, shared_bytes, cluster}, stream, params).
 // Whatever the runtime refuses becomes a std::runtime_error.
 #pragma once
+#include <launch_shape.h>
 #include <ptx/language.h>
 
 #include <stdexcept>
 #include <string>
-
-struct LaunchShape {
-  dim3 grid;
-  int threads;
-  uint32_t shared_bytes;
-  int cluster = 1;  // CTAs along x; grid.x is a multiple
-};
 
 namespace detail {
 inline void check(cudaError_t status, const std::string& doing) {

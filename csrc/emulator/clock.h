@@ -1,6 +1,6 @@
-// Vector clocks. An agent is a thread, a warpgroup's wgmma engine, a thread's bulk-store engine or an mbarrier (for the
-// TMA loads it completes); agents are numbered per cluster. Clocks are immutable and shared: after a barrier a whole CTA
-// holds one.
+// Vector clocks. An agent is a thread, a warpgroup's wgmma engine, a thread's bulk-store engine or an mbarrier (for
+// the TMA loads it completes); agents are numbered per cluster. Clocks are immutable and shared: after a barrier a
+// whole CTA holds one.
 #pragma once
 #include <cstdint>
 #include <memory>

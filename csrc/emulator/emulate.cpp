@@ -54,7 +54,10 @@ Report emulate(dim3 grid, int threads, uint32_t shared_bytes, int cluster, const
   const std::lock_guard<std::mutex> lock(one_at_a_time);
   check_shape(grid, threads, shared_bytes, cluster);
   Machine m;
-  machine = &m;
+  struct Current {
+    explicit Current(Machine* m) { machine = m; }
+    ~Current() { machine = nullptr; }
+  } const current(&m);
   m.schedule = settings.schedule;
   m.random.seed(settings.seed);
   m.grid = grid;
@@ -68,7 +71,6 @@ Report emulate(dim3 grid, int threads, uint32_t shared_bytes, int cluster, const
   if (m.schedule == Schedule::Random) std::shuffle(m.to_start.begin(), m.to_start.end(), m.random);
   run();
   settings.switches = m.switches;
-  machine = nullptr;
   return std::move(m.report);
 }
 

@@ -2,16 +2,9 @@
 #pragma once
 #include <emulator/emulate.h>
 #include <emulator/shared_memory.h>
-#include <ptx/language.h>
+#include <launch_shape.h>
 
 #include <stdexcept>
-
-struct LaunchShape {
-  dim3 grid;
-  int threads;
-  uint32_t shared_bytes;
-  int cluster = 1;  // CTAs along x; grid.x is a multiple
-};
 
 inline int sm_count() { return emulator::sm_count(); }
 inline int shared_limit() { return emulator::SHARED_LIMIT; }

@@ -109,6 +109,7 @@ struct Machine {
 
   uint32_t site(const char* doing, const Where& where);
   uint64_t switches = 0, polls = 0;
+  uint64_t spins = 0;  // switches since some thread last waited or exited
 };
 
 extern Machine* machine;

@@ -6,7 +6,7 @@ namespace emulator {
 
 namespace {
 
-constexpr uint64_t MAX_IDLE_SWITCHES = 50'000'000;  // threads that only poll memory for so long wait for ever
+constexpr uint64_t MAX_SPINS = 100'000;  // of each thread: threads that only read memory for so long wait for ever
 
 bool chance(uint32_t one_in) { return machine->random() % one_in == 0; }
 
@@ -47,11 +47,13 @@ void WaitList::wake() {
 
 void suspend_in(WaitList& list, const Waiting& waiting) {
   current().waiting = waiting;
+  machine->spins = 0;
   list.add(machine->current);
   switch_away();
 }
 
 void yield() {
+  ++machine->spins;
   machine->ready.push_back(machine->current);
   switch_away();
 }
@@ -86,7 +88,6 @@ void give_up() {
 }
 
 void run() {
-  uint64_t idle = 0;
   while (!machine->stopped) {
     while (machine->clusters.size() < machine->resident && !machine->to_start.empty()) {
       start_cluster(machine->to_start.back());
@@ -106,12 +107,13 @@ void run() {
     ++machine->switches;
     thread->fiber.resume();
     machine->current = nullptr;
-    if (++idle > MAX_IDLE_SWITCHES) {
+    if (machine->spins > MAX_SPINS * (ready.size() + 1)) {
       report_deadlock();
       return;
     }
-    if (!thread->exited || thread->cta->cluster->live) continue;
-    idle = 0;
+    if (!thread->exited) continue;
+    machine->spins = 0;
+    if (thread->cta->cluster->live) continue;
     Cluster* cluster = thread->cta->cluster;
     finish_cluster(*cluster);
     auto& all = machine->clusters;

@@ -34,6 +34,10 @@ def run(args: argparse.Namespace) -> int:
     if args.jobs is not None and args.jobs < 1:
         raise ArgumentError(f"`--jobs` is {args.jobs}; it must be at least 1.")
     chosen = () if args.emulator else choose(args.arch)
+    with_triton = not (args.emulator or args.no_triton)
+    if with_triton and interprets():  # a kernel is a Python function there, with nothing to compile
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        return subprocess.run([sys.executable, "-m", "fastattn", *args.argv], env=environment).returncode
     try:
         wanted = plan.emulator() if args.emulator else plan.cuda(chosen)
         build(wanted, args.jobs)
@@ -42,7 +46,13 @@ def run(args: argparse.Namespace) -> int:
     except (ToolMissing, BuildFailed, UnsafeCache) as error:
         print(error, file=sys.stderr)
         return 1
-    return 0 if args.emulator or args.no_triton else build_triton(chosen, args)
+    return build_triton(chosen, args.jobs) if with_triton else 0
+
+
+def interprets() -> bool:
+    import triton
+
+    return triton.knobs.runtime.interpret
 
 
 def choose(asked: list[str] | None) -> tuple[str, ...]:
@@ -74,7 +84,7 @@ def build(wanted: plan.Plan, jobs: int | None) -> None:
                 print(f"  {phrase}")
 
 
-def build_triton(chosen: tuple[str, ...], args: argparse.Namespace) -> int:
+def build_triton(chosen: tuple[str, ...], jobs: int | None) -> int:
     """Compiles Triton's kernels, which puts them into Triton's own cache."""
     names = dict.fromkeys(arch.rstrip("a") for arch in chosen)
     known = [name for name in names if name in CARDS]
@@ -82,18 +92,12 @@ def build_triton(chosen: tuple[str, ...], args: argparse.Namespace) -> int:
         print(f"Triton kernels for {', '.join(others)} are compiled when they are first called.")
     if not known:
         return 0
-    import triton
-
-    if triton.knobs.runtime.interpret:  # a kernel is a Python function there, with nothing to compile
-        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        return subprocess.run([sys.executable, "-m", "fastattn", *args.argv], env=environment).returncode
-
     from fastattn.backends.triton import inspection
 
     start = time.perf_counter()
     total = sum(len(inspection.collect_cases(arch)) for arch in known)
     failed = []
-    for done, (case, report) in enumerate(inspection.inspect(known, workers=args.jobs), start=1):
+    for done, (case, report) in enumerate(inspection.inspect(known, workers=jobs), start=1):
         show_progress(done, total)
         if report.error:
             failed.append(f"{report.arch} {case.name}: {report.error.splitlines()[-1]}")

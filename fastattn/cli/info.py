@@ -37,7 +37,7 @@ def native_modules() -> Iterator[tuple[str, str]]:
     """Each module that is compiled apart: for what and where it is, or how to get it."""
     missing = {
         "cuda": native.why_not(),
-        "emulator": native.why_no_emulator() or "not compiled; FASTATTN_EMULATE=1 does that with the first kernel",
+        "emulator": native.why_no_emulator() or "FASTATTN_EMULATE=1 compiles it with the first kernel that runs",
     }
     for target, why in missing.items():
         try:

@@ -29,7 +29,7 @@ inline TensorMapEncoder tensor_map_encoder() {
 }  // namespace detail
 
 // sizes, box: elements, innermost first, `rank` of them; strides_bytes: of dimensions 1 … rank-1, multiples of 16.
-// box[0] spans at most swizzle_width(swizzle) bytes when swizzled; no box side exceeds 256. Out of bounds reads as zero.
+// box[0] spans at most swizzle_width(swizzle) bytes when swizzled; no box side exceeds 256. Out of bounds reads zeros.
 inline TensorMap make_tensor_map(ElementType type, void* base, int rank, const uint64_t* sizes,
                                  const uint64_t* strides_bytes, const uint32_t* box, Swizzle swizzle) {
   static const detail::TensorMapEncoder encode = detail::tensor_map_encoder();

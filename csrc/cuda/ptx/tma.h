@@ -2,17 +2,10 @@
 // A load adds its bytes (those out of bounds too) to the barrier `bar`; a store belongs to the thread's bulk group,
 // closed by tma_store_commit. Shared addresses are aligned to 128 bytes, or to the swizzle's atom of 8 rows.
 #pragma once
+#include <ptx/l2_hint.h>
 #include <ptx/tensor_map.h>
 
 namespace ptx {
-
-// The L2 eviction policies of cp.async.bulk's cache hint.
-enum class L2Hint : uint64_t {
-  None = 0,
-  EvictNormal = 0x1000000000000000,
-  EvictFirst = 0x12F0000000000000,
-  EvictLast = 0x14F0000000000000,
-};
 
 #define FASTATTN_R2 "r"(c0), "r"(c1)
 #define FASTATTN_R3 FASTATTN_R2, "r"(c2)
@@ -52,7 +45,8 @@ enum class L2Hint : uint64_t {
 FASTATTN_TMA(2, "%4, %5", "%5, %6", "%2, %3", int c0, int c1)
 FASTATTN_TMA(3, "%4, %5, %6", "%5, %6, %7", "%2, %3, %4", int c0, int c1, int c2)
 FASTATTN_TMA(4, "%4, %5, %6, %7", "%5, %6, %7, %8", "%2, %3, %4, %5", int c0, int c1, int c2, int c3)
-FASTATTN_TMA(5, "%4, %5, %6, %7, %8", "%5, %6, %7, %8, %9", "%2, %3, %4, %5, %6", int c0, int c1, int c2, int c3, int c4)
+FASTATTN_TMA(5, "%4, %5, %6, %7, %8", "%5, %6, %7, %8, %9", "%2, %3, %4, %5, %6",
+             int c0, int c1, int c2, int c3, int c4)
 #undef FASTATTN_TMA
 #undef FASTATTN_R2
 #undef FASTATTN_R3

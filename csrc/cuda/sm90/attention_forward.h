@@ -68,13 +68,13 @@ __device__ __forceinline__ void produce(const ForwardArguments& p, const SharedL
     const KeyBlocks blocks = attention::key_blocks<C.BLOCK_M, C.BLOCK_N>(tile, p.log2_P, window_of(tile, p));
     const int kv_head = tile.head / p.group;
     const auto load_k = [&](int n) {
-      if (!Planted::has(Bug::NoKeyEmptyWait)) k_ring.wait_empty(p.cluster);
+      if (!Planted::has(Bug::NoKeyEmptyWait)) k_ring.wait_empty();
       load_keys<C.D, C.BLOCK_N>(p.k_map, k_ring, shared.k(k_ring.at.stage), C.k_bytes() / PART,
                                 tile.k_start + n * C.BLOCK_N, kv_head, tile.batch, p.cluster);
       k_ring.at.advance();
     };
     const auto load_v = [&](int n) {
-      if (!Planted::has(Bug::NoValueEmptyWait)) v_ring.wait_empty(p.cluster);
+      if (!Planted::has(Bug::NoValueEmptyWait)) v_ring.wait_empty();
       load_keys<C.D_v, C.BLOCK_N>(p.v_map, v_ring, shared.v(v_ring.at.stage), C.v_bytes(),
                                   tile.k_start + n * C.BLOCK_N, kv_head, tile.batch, p.cluster);
       v_ring.at.advance();

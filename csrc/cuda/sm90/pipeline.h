@@ -49,13 +49,7 @@ struct Ring {
     }
   }
 
-  __device__ __forceinline__ void wait_empty(int cluster = 1) const {
-    if (cluster == 1) {
-      ptx::mbarrier_wait(empty(), at.parity ^ 1);
-    } else {
-      ptx::mbarrier_wait_cluster(empty(), at.parity ^ 1);
-    }
-  }
+  __device__ __forceinline__ void wait_empty() const { ptx::mbarrier_wait(empty(), at.parity ^ 1); }
   __device__ __forceinline__ void wait_full(bool too_early = false) const {
     ptx::mbarrier_wait(full(), at.parity ^ static_cast<uint32_t>(too_early));
   }
@@ -66,7 +60,7 @@ struct Ring {
     if (cluster == 1) {
       if (ptx::elect_one()) ptx::mbarrier_arrive(empty());
     } else if (threadIdx.x % 32 < cluster) {
-      ptx::mbarrier_arrive_cluster(empty(), threadIdx.x % 32);
+      ptx::mbarrier_arrive_consumed(empty(), threadIdx.x % 32);
     }
   }
 };

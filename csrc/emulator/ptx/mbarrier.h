@@ -14,6 +14,9 @@ inline void mbarrier_arrive(uint32_t bar, Where where = Where::here()) { emulato
 inline void mbarrier_arrive_cluster(uint32_t bar, uint32_t rank, Where where = Where::here()) {
   emulator::mbarrier_arrive_remote(bar, rank, where);
 }
+inline void mbarrier_arrive_consumed(uint32_t bar, uint32_t rank, Where where = Where::here()) {
+  emulator::mbarrier_arrive_remote(bar, rank, where);
+}
 inline void mbarrier_arrive_expect_tx(uint32_t bar, uint32_t bytes, Where where = Where::here()) {
   emulator::mbarrier_expect(bar, bytes, true, where);
 }

@@ -1,17 +1,11 @@
 // The emulator's twin of cuda/ptx/tma.h; cache hints and prefetches change nothing here.
 #pragma once
+#include <ptx/l2_hint.h>
 #include <ptx/tensor_map.h>
 
 namespace ptx {
 
 using emulator::Where;
-
-enum class L2Hint : uint64_t {
-  None = 0,
-  EvictNormal = 0x1000000000000000,
-  EvictFirst = 0x12F0000000000000,
-  EvictLast = 0x14F0000000000000,
-};
 
 // AT: the coordinates in brackets; then the parameters they come from.
 #define FASTATTN_TMA(AT, ...)                                                                                     \

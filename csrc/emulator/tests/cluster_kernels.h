@@ -1,4 +1,4 @@
-// Clusters: a sum over the shared memories of four CTAs, pulled or pushed, and a tile that two CTAs load for each other.
+// Clusters: a sum over the shared memories of four CTAs, pulled or pushed; a tile that two CTAs load for each other.
 #pragma once
 #include <ptx/cluster.h>
 #include <ptx/fence.h>
@@ -66,7 +66,7 @@ template <Bug BUG> void push(const SumParams p) {
   }
 }
 
-constexpr int PAIR = 2, STAGES = 2, ROWS = 16, COLUMNS = 32;  // a tile of floats; each CTA of a pair loads half its rows
+constexpr int PAIR = 2, STAGES = 2, ROWS = 16, COLUMNS = 32;  // a tile; each CTA of a pair loads half its rows
 constexpr uint32_t TILE = ROWS * COLUMNS * 4;
 
 struct MulticastParams {

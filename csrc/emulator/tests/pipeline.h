@@ -1,5 +1,5 @@
-// O = Σ_j (Q·K_jᵀ)·V_j by two TMA threads and one wgmma warpgroup, over tiles of 64 queries: a kernel with everything an
-// attention kernel synchronises, in which one mistake at a time can be planted.
+// O = Σ_j (Q·K_jᵀ)·V_j by two TMA threads and one wgmma warpgroup, over tiles of 64 queries: a kernel with everything
+// that an attention kernel synchronises, in which one mistake at a time can be planted.
 #pragma once
 #include <ptx/fence.h>
 #include <ptx/matrix.h>

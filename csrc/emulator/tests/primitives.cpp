@@ -190,6 +190,10 @@ void flag_kernel(const Flag p) {
   }
 }
 
+void waits_for_a_flag_that_nobody_raises_kernel(const Flag p) {
+  while (!ld_global(p.flag)) continue;
+}
+
 // Each warp stages its own rows of A, with no more than a warp_sync before the wgmma that reads them.
 struct Staged { float* d; bool sync; };
 void staged_by_warp_kernel(const Staged p) {
@@ -333,6 +337,10 @@ TEST(flags_in_global_memory) {
     EXPECT_EQUAL(number[1], 42);
     flag = 0;
   });
+}
+TEST(flag_that_nobody_raises) {
+  int flag = 0;
+  expect_finding(waits_for_a_flag_that_nobody_raises_kernel, {dim3(1), 1, 0}, Flag{&flag, nullptr}, "deadlock");
 }
 TEST(a_staged_by_each_warp) {
   std::vector<float> d(64);

@@ -42,8 +42,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "fastattn.tracing",
     ),
     "fastattn.backends.cpu": ("=fastattn.native", "fastattn.backends.row_layout", "fastattn.errors", "fastattn.spec"),
-    "fastattn.backends.cuda": ("=fastattn.native", "fastattn.spec"),
-    TRITON: ("fastattn.errors", "fastattn.inspection", "fastattn.spec", "triton"),
+    "fastattn.backends.cuda": ("=fastattn.native", "fastattn.backends.row_layout", "fastattn.spec"),
+    "fastattn.backends.row_layout": (),  # how rows lie in tensors, for all that launch kernels on them
+    TRITON: ("fastattn.backends.row_layout", "fastattn.errors", "fastattn.inspection", "fastattn.spec", "triton"),
     f"{TRITON}.blocks": (f"={TRITON}", "fastattn.spec", "triton"),
     "fastattn.ops": ("=fastattn.backends", *BOTTOM),
     "fastattn.autograd": ("fastattn.ops",),

@@ -93,11 +93,39 @@ struct RowLayout {
   int tiles() const { return shared() ? (G * S_q + BLOCK_M - 1) / BLOCK_M : G * tiles_of_head(); }
 };
 
+// Keys n_lo … n_hi - 1 and query tiles t_lo … t_hi - 1 of one key head. Of the queries of a head, each group of keys has
+// sums of its own, and of the keys each group of tiles; they are added up in order afterwards.
+struct BackwardTask {
+  int b, h_kv, n_lo, n_hi, t_lo, t_hi, key_group, tile_group;
+};
+
+struct BackwardPlan {
+  std::vector<BackwardTask> tasks;
+  std::vector<int64_t> first_tile;  // (B · H_kv + 1,): where the tiles of a key head begin, among all
+  std::vector<int> key_groups, tile_groups;  // (B,)
+  int most_key_groups = 0, most_tile_groups = 0;
+};
+
+// What the backward keeps of each row and tile
+struct RowSums {
+  float* lse;     // as p.lse, in base 2; inf for a row that saw nothing, so that its probabilities are 0
+  float* delta;   // the same: rowsum(o ∘ do) - dlse
+  float* dq;      // (key_groups, tiles, D, M), without the scale
+  float* dslope;  // (key_groups, tiles, M), -dslope by row; nullptr: not wanted
+  float* dk;      // (tile_groups, B, H_kv, S_k, D), without the scale; nullptr: there is one group, dk itself is written
+  float* dv;      // (tile_groups, B, H_kv, S_k, D_v)
+};
+
 ForwardPlan plan_forward(const AttentionParams& p, int threads);
+BackwardPlan plan_backward(const AttentionParams& p);
 
 void attention_forward(const AttentionParams& p, int threads);
 void attention_backward(const AttentionParams& p, const AttentionGradients& g, int threads);
 
 FASTATTN_FOR_EACH_ISA(void run_forward(const AttentionParams& p, const ForwardPlan& plan, int threads);)
+FASTATTN_FOR_EACH_ISA(void run_backward(const AttentionParams& p, const AttentionGradients& g, const BackwardPlan& plan,
+                                        const RowSums& sums, int threads);)
+FASTATTN_FOR_EACH_ISA(void run_bias_gradient(const AttentionParams& p, const AttentionGradients& g, const RowSums& sums,
+                                             int threads);)
 
 }  // namespace fastattn

@@ -6,6 +6,7 @@
 // queries and visits the blocks of keys that they see once, in order. Source: Dao, "FlashAttention-2" (2023).
 #include "attention_tile.h"
 #include "parallel.h"
+#include "simd_transpose.h"
 
 namespace fastattn::FASTATTN_ISA {
 namespace {
@@ -61,11 +62,11 @@ struct Workspace {
   }
 };
 
-// One more block of n logits s: p = exp2(factor · s - max), dropped where dropout says so, and by how much what was
-// summed before is to be rescaled. A row that has seen nothing keeps the maximum -inf, and subtracts 0.
+// One more block of n logits s: p = exp2(factor · s - max), multiplied by the factors of dropout, and by how much what
+// was summed before is to be rescaled. A row that has seen nothing keeps the maximum -inf, and subtracts 0.
 template <class T, bool DROPOUT>
-void online_softmax(const AttentionParams& params, const Tile& t, int b, int n_0, int n, float factor, const float* s,
-                    int32_t* p, Sums& sums, float* rescale) {
+void online_softmax(const Tile& t, int n, float factor, const float* s, const float* dropout, int32_t* p, Sums& sums,
+                    float* rescale) {
   constexpr bool COARSE = std::is_same_v<T, bf16>;
   const Vec nothing = broadcast(-__builtin_inff());
   for (int j = 0; j < t.vectors(); ++j) {
@@ -85,7 +86,7 @@ void online_softmax(const AttentionParams& params, const Tile& t, int b, int n_0
     const Vec f = broadcast(factor);
     const auto weight = [&](int key) { return exp2_softmax<COARSE>(fma(load(column + key * t.width), f, -offset)); };
     const auto kept = [&](Vec e, int key) {
-      return DROPOUT ? e * dropout_factor(params, t, b, j, n_0 + key) : e;
+      return DROPOUT ? e * load(dropout + key * t.width + j * LANES) : e;
     };
     Vec sum{}, sum_odd{};
     i = 0;
@@ -120,6 +121,11 @@ void online_softmax(const AttentionParams& params, const Tile& t, int b, int n_0
     }
     store(sums.sum + j * LANES, fma(load(sums.sum + j * LANES), scale, sum + sum_odd));
   }
+}
+
+void hide(const int32_t* keep, int size, float* s) {
+  for (int i = 0; i < size; i += LANES)
+    store(s + i, select(*(const UnalignedInt*)(keep + i), load(s + i), broadcast(-__builtin_inff())));
 }
 
 // What a product with v_finite left out: p v for the inf and NaN that a row sees. Rare.
@@ -257,10 +263,12 @@ void run(const AttentionParams& p, const ForwardTask& task, Workspace<T>& w, flo
         }
         if (!finite) values = {(const char*)w.v_finite, 4, D_v * 4};
       }
-      if (p.dropout)
-        online_softmax<T, true>(p, t, task.b, n_0, n, score.factor, w.s, w.p, sums, w.rescale);
-      else
-        online_softmax<T, false>(p, t, task.b, n_0, n, score.factor, w.s, w.p, sums, w.rescale);
+      if (p.dropout) {
+        dropout_factors(p, t, task.b, n_0, n, w.entries);
+        online_softmax<T, true>(t, n, score.factor, w.s, w.entries, w.p, sums, w.rescale);
+      } else {
+        online_softmax<T, false>(t, n, score.factor, w.s, nullptr, w.p, sums, w.rescale);
+      }
       product<E>(p.D_v, (n + E::DEPTH - 1) / E::DEPTH, t.width, values, w.p, t.width, sums.o, t.width, Start::rescale,
                  w.rescale);
       if (what == Seen::part && !finite) add_non_finite(v_rows, p.v.col, p.D_v, t, n, w.p, w.keep, sums.o);

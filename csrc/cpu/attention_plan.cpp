@@ -1,5 +1,6 @@
 // How a call is cut into tasks. What a row is summed over, and in which order, never depends on the number of threads.
 #include <algorithm>
+#include <cmath>
 
 #include "attention.h"
 
@@ -8,6 +9,9 @@ namespace {
 
 constexpr int FEW_TILES = 64;       // fewer tiles of queries than this are cut along the keys too
 constexpr int SHORTEST_PART = 512;  // keys
+constexpr int FEW_TASKS = 64;       // fewer key heads than this are cut along keys and queries in the backward
+constexpr int FEWEST_KEYS = 256;    // of a group
+constexpr int FEWEST_TILES = 8;
 
 int64_t tiles_of(const AttentionParams& p) {
   int64_t tiles = 0;
@@ -52,6 +56,86 @@ ForwardPlan plan_forward(const AttentionParams& p, int threads) {
 void attention_forward(const AttentionParams& p, int threads) {
   const ForwardPlan plan = plan_forward(p, threads);
   FASTATTN_CALL(run_forward(p, plan, threads));
+}
+
+BackwardPlan plan_backward(const AttentionParams& p) {
+  BackwardPlan plan;
+  const int wanted = (FEW_TASKS + p.B * p.H_kv - 1) / (p.B * p.H_kv);
+  plan.first_tile.push_back(0);
+  for (int b = 0; b < p.B; ++b) {
+    const Sequence& s = p.sequences[b];
+    const int tiles = s.S_q == 0 ? 0 : RowLayout{p.G(), s.S_q}.tiles();
+    const int chunks = (s.S_k + FEWEST_KEYS - 1) / FEWEST_KEYS;
+    const int keys = (chunks + wanted - 1) / wanted * FEWEST_KEYS;  // of a group
+    const int key_groups = keys == 0 ? 0 : (s.S_k + keys - 1) / keys;
+    const int cuts = key_groups == 0 ? 1 : std::clamp(wanted / key_groups, 1, std::max(1, tiles / FEWEST_TILES));
+    const int group_tiles = std::max(1, (tiles + cuts - 1) / cuts);
+    const int tile_groups = std::max(1, (tiles + group_tiles - 1) / group_tiles);
+    plan.key_groups.push_back(key_groups);
+    plan.tile_groups.push_back(tile_groups);
+    plan.most_key_groups = std::max(plan.most_key_groups, key_groups);
+    plan.most_tile_groups = std::max(plan.most_tile_groups, tile_groups);
+    for (int h = 0; h < p.H_kv; ++h) {
+      for (int i = 0; i < key_groups; ++i)
+        for (int j = 0; j < tile_groups; ++j)
+          plan.tasks.push_back({b, h, i * keys, std::min((i + 1) * keys, s.S_k), j * group_tiles,
+                                std::min((j + 1) * group_tiles, tiles), i, j});
+      plan.first_tile.push_back(plan.first_tile.back() + tiles);
+    }
+  }
+  return plan;
+}
+
+namespace {
+
+// (B, H): minus the sums of ds · distance
+void sum_slopes(const AttentionParams& p, const BackwardPlan& plan, const float* by_row, float* dslopes) {
+  std::vector<double> sums(size_t(p.B) * p.H, 0.0);
+  for (int head = 0; head < p.B * p.H_kv; ++head) {
+    const int b = head / p.H_kv, h_kv = head % p.H_kv;
+    const RowLayout layout{p.G(), p.sequences[b].S_q};
+    for (int64_t tile = plan.first_tile[head]; tile < plan.first_tile[head + 1]; ++tile)
+      for (int group = 0; group < plan.key_groups[b]; ++group)
+        for (int lane = 0; lane < BLOCK_M; ++lane) {
+          const int index = int(tile - plan.first_tile[head]);
+          const int g = layout.shared() ? (index * BLOCK_M + lane) / layout.S_q : index / layout.tiles_of_head();
+          const float x = by_row[(group * plan.first_tile.back() + tile) * BLOCK_M + lane];
+          if (g < layout.G) sums[size_t(b) * p.H + h_kv * layout.G + g] -= x;
+        }
+  }
+  std::copy(sums.begin(), sums.end(), dslopes);
+}
+
+// (H,): -Σ exp(sink - lse) delta
+void sum_sinks(const AttentionParams& p, const RowSums& sums, float* dsinks) {
+  for (int h = 0; h < p.H; ++h) {
+    double sum = 0.0;
+    for (int b = 0; b < p.B; ++b)
+      for (int64_t i = 0, at = p.lse_index(b, h); i < p.sequences[b].S_q; ++i, ++at)
+        sum -= std::exp2(double(p.sinks[h]) * 1.4426950408889634 - sums.lse[at]) * sums.delta[at];
+    dsinks[h] = float(sum);
+  }
+}
+
+}  // namespace
+
+void attention_backward(const AttentionParams& p, const AttentionGradients& g, int threads) {
+  const BackwardPlan plan = plan_backward(p);
+  const int64_t rows = (p.packed ? 1 : p.B) * int64_t(p.H) * p.rows_q, tiles = plan.first_tile.back();
+  const int64_t keys = (p.packed ? 1 : p.B) * int64_t(p.H_kv) * p.rows_k;
+  const auto floats = [](bool wanted, int64_t n) { return Scratch(wanted ? size_t(n) * sizeof(float) : 0); };
+  const bool several = plan.most_tile_groups > 1;
+  const Scratch dq = floats(g.dq.data, plan.most_key_groups * tiles * p.D * BLOCK_M);
+  const Scratch dk = floats(several && g.dk.data, plan.most_tile_groups * keys * p.D);
+  const Scratch dv = floats(several && g.dv.data, plan.most_tile_groups * keys * p.D_v);
+  const Scratch lse = floats(true, rows), delta = floats(true, rows);
+  const Scratch dslope = floats(g.dslopes, plan.most_key_groups * tiles * BLOCK_M);
+  const auto at = [](const Scratch& s) { return reinterpret_cast<float*>(s.data()); };
+  const RowSums sums{at(lse), at(delta), at(dq), at(dslope), at(dk), at(dv)};
+  FASTATTN_CALL(run_backward(p, g, plan, sums, threads));
+  if (g.dslopes != nullptr) sum_slopes(p, plan, sums.dslope, g.dslopes);
+  if (g.dsinks != nullptr) sum_sinks(p, sums, g.dsinks);
+  if (g.dbias != nullptr) FASTATTN_CALL(run_bias_gradient(p, g, sums, threads));
 }
 
 }  // namespace fastattn

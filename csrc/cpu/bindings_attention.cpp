@@ -71,5 +71,23 @@ void bind_cpu_attention(py::module_& m) {
            "cu_seqlens of q and k")
       .def("forward",
            [](const AttentionParams& p, int threads) { fastattn::attention_forward(p, threads); },
-           py::call_guard<py::gil_scoped_release>());
+           py::call_guard<py::gil_scoped_release>())
+      .def("backward",
+           [](const AttentionParams& p, const py::object& d_o, const py::object& dlse, const py::object& dq,
+              const py::object& dk, const py::object& dv, uintptr_t dbias, const std::vector<int64_t>& dbias_sizes,
+              uintptr_t dslopes, uintptr_t dsinks, int threads) {
+             fastattn::AttentionGradients g;
+             g.d_o = matrix(d_o), g.dq = matrix(dq), g.dk = matrix(dk), g.dv = matrix(dv);
+             if (p.packed) g.d_o.b = g.dq.b = g.dk.b = g.dv.b = 0;
+             if (!dlse.is_none()) {
+               const auto [data, strides] = dlse.cast<std::pair<uintptr_t, std::vector<int64_t>>>();
+               g.dlse = floats(data), g.dlse_h = strides.at(1), g.dlse_m = strides.at(2);
+               g.dlse_b = p.packed ? 0 : strides.at(0);
+             }
+             g.dbias = floats(dbias), g.dslopes = floats(dslopes), g.dsinks = floats(dsinks);
+             for (size_t i = 0; i < dbias_sizes.size(); ++i) g.dbias_sizes[i] = dbias_sizes[i];
+             py::gil_scoped_release release;
+             fastattn::attention_backward(p, g, threads);
+           },
+           "Addresses of 0 and matrices that are None are not wanted.");
 }

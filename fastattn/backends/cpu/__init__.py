@@ -53,3 +53,17 @@ def attention_forward(o: Tensor, lse: Tensor, x: AttentionInputs, spec: Attentio
     from fastattn.backends.cpu import attention
 
     attention.attention_forward(o, lse, x, spec)
+
+
+def attention_backward(
+    grads: AttentionInputs,
+    do: Tensor | None,
+    dlse: Tensor | None,
+    x: AttentionInputs,
+    o: Tensor,
+    lse: Tensor,
+    spec: AttentionSpec,
+) -> None:
+    from fastattn.backends.cpu import attention
+
+    attention.attention_backward(grads, do, dlse, x, o, lse, spec)

@@ -46,3 +46,50 @@ def _call(o: Tensor, lse: Tensor, x: AttentionInputs, spec: AttentionSpec) -> tu
     if x.cu_seqlens_q is not None and x.cu_seqlens_k is not None:
         call.packed(x.cu_seqlens_q.tolist(), x.cu_seqlens_k.tolist())
     return call, (bias,)
+
+
+def attention_backward(
+    grads: AttentionInputs,
+    do: Tensor | None,
+    dlse: Tensor | None,
+    x: AttentionInputs,
+    o: Tensor,
+    lse: Tensor,
+    spec: AttentionSpec,
+) -> None:
+    """Fill the gradients that are not None, from the gradients of o and lse that are not None."""
+    if x.B == 0 or x.q.shape[2] == 0:
+        for grad in grads:
+            if grad is not None:
+                grad.zero_()
+        return
+    if x.cu_seqlens_q is not None and x.cu_seqlens_k is not None:
+        for grad, cu_seqlens in ((grads.q, x.cu_seqlens_q), (grads.k, x.cu_seqlens_k), (grads.v, x.cu_seqlens_k)):
+            if grad is not None:
+                grad[:, :, int(cu_seqlens[-1]) :].zero_()
+    if do is None:
+        do = o.new_zeros(()).expand(o.shape)
+    lse = lse.contiguous()  # vmap hands out expanded ones
+    call, kept = _call(o, lse, x, spec)
+    dslopes, dsinks, dbias = (
+        None if grad is None else lse.new_empty(shape)
+        for grad, shape in (
+            (grads.alibi_slopes, (x.B, spec.H)),
+            (grads.sinks, (spec.H,)),
+            (grads.bias, () if grads.bias is None else grads.bias.shape),
+        )
+    )
+    call.backward(
+        matrix(do), matrix(dlse), matrix(grads.q), matrix(grads.k), matrix(grads.v),
+        _address(dbias), [] if dbias is None else dbias.shape, _address(dslopes), _address(dsinks), module.threads(),
+    )  # fmt: skip
+    del kept
+    if grads.alibi_slopes is not None and dslopes is not None:
+        grads.alibi_slopes.copy_(dslopes if grads.alibi_slopes.dim() == 2 else dslopes.sum(0))
+    for grad, value in ((grads.sinks, dsinks), (grads.bias, dbias)):
+        if grad is not None and value is not None:
+            grad.copy_(value)
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()

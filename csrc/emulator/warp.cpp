@@ -29,7 +29,7 @@ uint64_t meet(const uint32_t* mine, int words, bool orders_memory, const char* d
   if (!warp.arrived) warp.exchange[generation % 2] = Exchange();
   warp.doing = doing;
   warp.where = where;
-  std::memcpy(warp.exchange[generation % 2].word[thread.lane()], mine, 4 * words);
+  if (words) std::memcpy(warp.exchange[generation % 2].word[thread.lane()], mine, 4 * words);
   ++warp.arrived;
   if (orders_memory) thread.release_to(warp.arriving);
   finish_if_complete(warp);

@@ -1,4 +1,4 @@
-// Kernels with a mistake each, in every schedule, and the correct ones under many seeds. A case is named kernel.mistake.
+// Kernels with a mistake each, in every schedule, and correct ones under many seeds. A case is named kernel.mistake.
 //   planted run CASE      a line per schedule: its name, the findings as kind@file:line, wrong or right; between tabs
 //   planted text CASE     what is reported in the eager schedule
 //   planted seeds N CASE  the random schedule with seeds 0 … N-1, expecting a right result and no finding

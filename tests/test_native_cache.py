@@ -41,8 +41,13 @@ def test_the_cache_is_the_users_alone(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.undo()
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FASTATTN_CACHE", str(tmp_path / "file"))
-    with pytest.raises(UnsafeCache, match="is not a folder"):
-        cache.private_root(create=False)
+    for create in (False, True):
+        with pytest.raises(UnsafeCache, match="is not a folder"):
+            cache.private_root(create)
+    monkeypatch.setenv("FASTATTN_CACHE", str(tmp_path / "file/below"))
+    assert cache.private_root(create=False) is None
+    with pytest.raises(UnsafeCache, match=r"cannot be made: .*Name another in FASTATTN_CACHE"):
+        cache.private_root()
 
 
 def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch):

@@ -140,6 +140,14 @@ def test_without_nvcc_the_cuda_kernels_are_left_out_in_one_line(monkeypatch, cap
     assert capsys.readouterr() == ("", "CUDA kernels are left out: nvcc is missing.\n")
 
 
+def test_inspect_says_what_it_cannot_compile_for(csrc, native_cache, toolkit, monkeypatch, capsys):
+    nvcc = toolkit / "bin/nvcc"
+    nvcc.write_text(nvcc.read_text().replace("sm_90", "sm_89"))
+    monkeypatch.setattr(cuda, "why_not", lambda: None)
+    assert main(["inspect", "--kind", "cuda", "--arch", "sm_90"]) == 1
+    assert "CUDA kernels cannot be inspected: nvcc 13.0.88 cannot compile for sm_90a" in capsys.readouterr().err
+
+
 def test_build_without_nvcc_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setattr(toolchain, "SYSTEM_NVCC", Path("/nowhere/cuda/bin/nvcc"))
     monkeypatch.setattr(toolchain, "_wheel_nvccs", lambda: iter(()))

@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
         wanted = plan.emulator() if args.emulator else plan.cuda(chosen)
         build(wanted, args.jobs)
     except UnknownArch as error:
-        raise ArgumentError(f"`--arch`: {error}") from error
+        raise ArgumentError(str(error)) from error
     except (ToolMissing, BuildFailed, UnsafeCache) as error:
         print(error, file=sys.stderr)
         return 1

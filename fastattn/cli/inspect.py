@@ -14,6 +14,7 @@ from fastattn.errors import ArgumentError
 from fastattn.inspection import cuda
 from fastattn.inspection.report import CARDS, Case, Report, violations
 from fastattn.native import toolchain
+from fastattn.native.errors import BuildFailed, UnknownArch, UnsafeCache
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
@@ -58,7 +59,11 @@ def run(args: argparse.Namespace) -> int:
                 return 1
         else:
             versions["nvcc"] = toolchain.find_nvcc().short_version()
-            inspect_cuda(args, archs, names, results)
+            try:
+                inspect_cuda(args, archs, names, results)
+            except (BuildFailed, UnknownArch, UnsafeCache) as error:
+                print(f"CUDA kernels cannot be inspected: {error}", file=sys.stderr)
+                return 1
     if not names:
         raise ArgumentError(f"`--arch` is {' '.join(archs)}; CUDA kernels are for {' and '.join(cuda.TARGETS)}.")
     if not results:

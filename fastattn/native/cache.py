@@ -35,12 +35,16 @@ def location() -> Path:
 
 def private_root(create: bool = True) -> Path | None:
     """The folder, or None if it is not there and not to be created. Refused if others could put code into it."""
-    folder = location()
-    if create:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder = location().resolve()  # once: a link that is replaced afterwards leads nowhere else
     try:
+        if create:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.stat()
-    except OSError:
+    except FileExistsError as error:
+        raise UnsafeCache(f"The cache {folder} is not a folder; name another in FASTATTN_CACHE.") from error
+    except OSError as error:
+        if create:
+            raise UnsafeCache(f"The cache folder cannot be made: {error}. Name another in FASTATTN_CACHE.") from error
         return None
     if not stat.S_ISDIR(status.st_mode):
         raise UnsafeCache(f"The cache {folder} is not a folder; name another in FASTATTN_CACHE.")

@@ -84,9 +84,7 @@ def _find(capability: tuple[int, int] | None) -> Built | str:
             there = ", ".join(fitting[0].archs)
             return f"it is compiled for {there}, not for this GPU; `python -m fastattn build` does that"
         if _there("cuda"):
-            return (
-                "it was compiled from other sources, or for another Python; `python -m fastattn build` does it anew"
-            )
+            return "it was compiled from other sources, or for another Python; `python -m fastattn build` does it anew"
     except (BuildFailed, UnsafeCache) as error:
         return str(error).rstrip(".")
     return f"it is not compiled for this machine; {HOW}"

@@ -1,3 +1,5 @@
+// The kernels of attention are there only where Hopper is among the architectures.
+#if FASTATTN_SM90
 #include <bindings_attention.h>
 #include <sm90/attention.h>
 
@@ -7,3 +9,4 @@ void bind_attention(pybind11::module_& m) {
   m.def("attention_forward_config", &attention_forward_config, pybind11::arg("D"), pybind11::arg("D_v"),
         "The tile configuration for these widths, as text; '' where there is none.");
 }
+#endif

@@ -38,11 +38,11 @@ struct OnlineSoftmax {
   template <int N>
   __device__ __forceinline__ bool update(float (&s)[N]) {
     const float old_max[2] = {row_max[0], row_max[1]};
-    float new_max[2] = {row_max[0], row_max[1]};
+    float partial[2][2] = {{row_max[0], row_max[0]}, {row_max[1], row_max[1]}}, new_max[2];  // two chains a row
 #pragma unroll
-    for (int i = 0; i < N; i++) new_max[row_half(i)] = fmaxf(new_max[row_half(i)], s[i]);
+    for (int i = 0; i < N; i++) partial[row_half(i)][i & 1] = fmaxf(partial[row_half(i)][i & 1], s[i]);
 #pragma unroll
-    for (int r = 0; r < 2; r++) new_max[r] = quad_max(new_max[r]);
+    for (int r = 0; r < 2; r++) new_max[r] = quad_max(fmaxf(partial[r][0], partial[r][1]));
     bool grown = true;
     if constexpr (LAZY > 0) {
       const bool far = (new_max[0] - old_max[0]) * factor > LAZY || (new_max[1] - old_max[1]) * factor > LAZY;

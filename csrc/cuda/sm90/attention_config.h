@@ -69,9 +69,9 @@ struct AttentionConfig {
 
 // Reasons are in docs/cuda-attention.md; none of this has been tuned on hardware.
 constexpr AttentionConfig forward_config(int D, int D_v) {
-  //                                 D    D_v  M    N   stages p-p  lazy  poly  cluster
-  if (D == 64) return AttentionConfig{64, D_v, 192, 128, 2, true, 8, 2, 3, 1};
-  if (D == 96) return AttentionConfig{96, D_v, 128, 128, 2, true, 8, 0, 3, 1};
+  //                                    D   D_v   M    N  stages p-p lazy poly degree cluster
+  if (D == 64) return AttentionConfig{64, D_v, 192, 128, 2, true, 8, 0, 3, 1};
+  if (D == 96) return AttentionConfig{96, D_v, 128, 128, 2, true, 8, 0, 3, 2};
   if (D == 128) return AttentionConfig{128, D_v, 128, 128, 2, true, 8, 0, 3, 2};
   if (D == 192) return AttentionConfig{192, D_v, 128, 112, 2, true, 8, 0, 3, 2};
   return AttentionConfig{256, D_v, 128, 80, 2, true, 8, 0, 3, 2};

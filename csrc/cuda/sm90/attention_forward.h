@@ -136,10 +136,11 @@ __device__ __forceinline__ void consume(const ForwardArguments& p, const SharedL
 #pragma unroll
       for (int i = 0; i < C.D_v / 2; i++) o[i] *= softmax.rescale[attention::row_half(i)];
     };
-    // V of a block is waited for when its P is done, although O takes it in only later. ptxas moves the wait for the
-    // tensor cores to the start of its basic block; this wait makes it one of its own, after the exponentials.
-    const auto wait_v = [](const auto& ring) {
-      if (!Planted::has(Bug::NoValueFullWait)) ring.wait_full();
+    // V of a block is waited for when its P is done, although O takes it in only later. ptxas would move the wait for the
+    // tensor cores up to the start of its basic block, and exponentials down; this wait begins a block, and its parity
+    // depends on the sum of all exponentials, in a way that never comes true.
+    const auto wait_v = [&](const auto& ring) {
+      if (!Planted::has(Bug::NoValueFullWait)) ring.wait_full(softmax.row_sum[0] + softmax.row_sum[1] < 0);
     };
     const auto mask = [&](int n) {
       attention::apply_mask(s, n * C.BLOCK_N - (Planted::has(Bug::MaskOffByOne) ? 1 : 0), tile(), w, thread, p);

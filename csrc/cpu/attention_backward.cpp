@@ -201,8 +201,8 @@ void run(const AttentionParams& p, const AttentionGradients& g, const BackwardPl
       k_rows[i] = k_base + (n_lo + i) * p.k.row;
       v_rows[i] = v_base + (n_lo + i) * p.v.row;
     }
-    pack_rows(k_rows, most, p.k.col, p.D, w.k);
-    pack_rows(v_rows, most, p.v.col, p.D_v, w.v);
+    pack_rows(k_rows, most, p.k.col, p.D, depth_of<T>(p.D), w.k);
+    pack_rows(v_rows, most, p.v.col, p.D_v, depth_of<T>(p.D_v), w.v);
     w.ks.pack(k_rows, most, p.k.col, p.D);
     memset(w.dk, 0, sizeof(float) * CHUNK * w.qs.ld);
     memset(w.dv, 0, sizeof(float) * CHUNK * w.d_os.ld);

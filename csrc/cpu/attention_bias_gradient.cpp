@@ -90,8 +90,8 @@ void run(const AttentionParams& p, const AttentionGradients& g, const RowSums& s
     }
     pack_columns(q_rows, t.n, p.q.col, p.D, t.width, w.q);
     pack_columns(do_rows, t.n, g.d_o.col, p.D_v, t.width, w.d_o);
-    pack_rows(k_rows, n, p.k.col, p.D, w.k);
-    pack_rows(v_rows, n, p.v.col, p.D_v, w.v);
+    pack_rows(k_rows, n, p.k.col, p.D, depth_of<T>(p.D), w.k);
+    pack_rows(v_rows, n, p.v.col, p.D_v, depth_of<T>(p.D_v), w.v);
     w.tile.load_rows(p, sums, t, b);
     w.tile.template compute<T>(p, sequence, window, score, t, b, n_0, n, what,
                                {(const char*)w.k, depth_of<T>(p.D) * 4, 4},

@@ -12,6 +12,7 @@ namespace fastattn::FASTATTN_ISA {
 namespace {
 
 constexpr int MOST_TILES = 4;
+constexpr int FEW_ROWS = 8;  // so few queries, as when a token is decoded, would leave most lanes without work
 
 // What is kept of a tile from block to block
 struct Sums {
@@ -32,6 +33,7 @@ struct Workspace {
   int32_t* keep;              // (N, M)
   float* entries;             // (N, M)
   float* rescale;             // (M,)
+  float* few_o;               // (FEW_ROWS, D_v)
 
   static size_t bytes(const AttentionParams& p, int tiles) {
     Workspace none{};
@@ -43,12 +45,12 @@ struct Workspace {
       at = reinterpret_cast<std::remove_reference_t<decltype(at)>>(memory + used);
       used += (elements * 4 + 63) / 64 * 64;
     };
-    const int64_t D = depth_of<T>(params.D), D_v = round_up(params.D_v, LANES);
+    const int D = depth_of<T>(params.D), D_v = round_up(params.D_v, 16);
     for (int i = 0; i < tiles; ++i) {
       take(sums[i].max, BLOCK_M);
       take(sums[i].sum, BLOCK_M);
       take(sums[i].o, D_v * BLOCK_M);
-      take(sums[i].q, D * BLOCK_M);
+      take(sums[i].q, round_up(D, LANES) * BLOCK_M);
     }
     take(k, BLOCK_N * D);
     take(v, BLOCK_N / DEPTH * D_v);
@@ -58,6 +60,7 @@ struct Workspace {
     take(keep, BLOCK_N * BLOCK_M);
     take(entries, BLOCK_N * BLOCK_M);
     take(rescale, BLOCK_M);
+    take(few_o, FEW_ROWS * D_v);
     return used;
   }
 };
@@ -131,7 +134,7 @@ void hide(const int32_t* keep, int size, float* s) {
 // What a product with v_finite left out: p v for the inf and NaN that a row sees. Rare.
 template <class T>
 void add_non_finite(const T* const* v, int64_t stride, int D_v, const Tile& t, int n, const int32_t* p,
-                    const int32_t* keep, float* o) {
+                    const int32_t* keep, float* o, int o_lane, int o_d) {
   constexpr int DEPTH = Element<T>::DEPTH;
   for (int i = 0; i < n; ++i)
     for (int d = 0; d < D_v; ++d) {
@@ -141,7 +144,7 @@ void add_non_finite(const T* const* v, int64_t stride, int D_v, const Tile& t, i
         if (!keep[i * t.width + l]) continue;
         const int32_t* element = p + i / DEPTH * t.width + l;
         const float weight = DEPTH == 2 ? load_one((const bf16*)element + i % 2) : load_one((const float*)element);
-        o[d * t.width + l] += weight * x;
+        o[l * o_lane + d * o_d] += weight * x;
       }
     }
 }
@@ -194,6 +197,46 @@ bool in_place(const Matrix& x, int D) {
   return std::is_same_v<T, float> && x.row >= D && x.row <= 2 * D;
 }
 
+// The products of a tile of few rows, with D and D_v in lanes. q has rows of D / DEPTH elements, rounded up to LANES.
+template <class T>
+void few_scores(const Tile& t, const T* const* k, int n, int64_t stride, int D, const int32_t* q, float* s) {
+  constexpr int STEP = LANES * Element<T>::DEPTH;
+  const int q_row = round_up(depth_of<T>(D), LANES);
+  for (int i = 0; i < n; i += 4) {
+    const T* rows[4];
+    for (int u = 0; u < 4; ++u) rows[u] = k[smaller(i + u, n - 1)];
+    for (int l = 0; l < t.n; ++l) {
+      Vec dot[4] = {};
+      for (int d = 0; d < D; d += STEP) {
+        const Int element = *(const UnalignedInt*)(q + l * q_row + d / Element<T>::DEPTH);
+#pragma GCC unroll 4
+        for (int u = 0; u < 4; ++u)
+          dot[u] = Element<T>::multiply_add(dot[u], load_elements(rows[u] + d * stride, stride, D - d), element);
+      }
+      float sums[4];
+      reduce_four(dot, sums);
+      for (int u = 0; u < smaller(4, n - i); ++u) s[(i + u) * t.width + l] = sums[u];
+    }
+  }
+}
+template <class E>
+void few_values(const Tile& t, int depth, int ld, const int32_t* p, const char* v, int64_t v_row, const float* rescale,
+                float* few_o) {
+  for (int l = 0; l < t.n; ++l)
+    for (int d = 0; d < ld; d += LANES) {
+      float* at = few_o + l * ld + d;
+      store(at, load(at) * broadcast(rescale[l]));
+    }
+  product<E>(t.n, depth, ld, {(const char*)p, 4, t.width * 4}, v, v_row, few_o, ld, Start::add);
+}
+
+// Asks for rows that are read soon
+template <class T>
+void prefetch(const T* row, int64_t stride, int n, int D) {
+  for (int i = 0; i < n; ++i)
+    for (int d = 0; d < D; d += int(64 / sizeof(T))) __builtin_prefetch(row + i * stride + d, 0, 2);
+}
+
 template <class T>
 void run(const AttentionParams& p, const ForwardTask& task, Workspace<T>& w, float* parts, size_t part_size) {
   using E = Element<T>;
@@ -201,7 +244,8 @@ void run(const AttentionParams& p, const ForwardTask& task, Workspace<T>& w, flo
   const RowLayout layout{p.G(), sequence.S_q};
   const Window window = Window::of(p, sequence);
   const Score score(p);
-  const int D = depth_of<T>(p.D), D_v = round_up(p.D_v, LANES);
+  const int D = depth_of<T>(p.D), D_v = round_up(p.D_v, 16);
+  const bool is_few = layout.G * layout.S_q <= FEW_ROWS;  // then there is one tile
   Tile tiles[MOST_TILES];
   int first[MOST_TILES], end[MOST_TILES], lo = task.n_hi, hi = task.n_lo;
   for (int i = 0; i < task.n_tiles; ++i) {
@@ -212,13 +256,17 @@ void run(const AttentionParams& p, const ForwardTask& task, Workspace<T>& w, flo
     hi = larger(hi, end[i]);
     const T* rows[BLOCK_M];
     t.addresses(p.q, task.b, sequence.first_q, rows);
-    pack_columns(rows, t.n, p.q.col, p.D, t.width, w.sums[i].q);
+    if (is_few)
+      pack_rows(rows, t.n, p.q.col, p.D, round_up(D, LANES), w.sums[i].q);
+    else
+      pack_columns(rows, t.n, p.q.col, p.D, t.width, w.sums[i].q);
     for (int j = 0; j < t.vectors(); ++j) {
       store(w.sums[i].max + j * LANES, broadcast(-__builtin_inff()));
       store(w.sums[i].sum + j * LANES, Vec{});
     }
     memset(w.sums[i].o, 0, sizeof(float) * p.D_v * t.width);
   }
+  if (is_few) memset(w.few_o, 0, sizeof(float) * FEW_ROWS * D_v);
 
   const T* k_base = (const T*)p.k.data + task.b * p.k.b + task.h_kv * p.k.h + sequence.first_k * p.k.row;
   const T* v_base = (const T*)p.v.data + task.b * p.v.b + task.h_kv * p.v.h + sequence.first_k * p.v.row;
@@ -241,16 +289,23 @@ void run(const AttentionParams& p, const ForwardTask& task, Workspace<T>& w, flo
       if (what == Seen::nothing) continue;
       if (!packed) {
         packed = true;
-        if (in_place<T>(p.k, p.D))
+        if (is_few) {
+          const int next = smaller(BLOCK_N, hi - n_0 - BLOCK_N);
+          prefetch(k_rows[0] + BLOCK_N * p.k.row, p.k.row, next, p.D);
+          prefetch(v_rows[0] + BLOCK_N * p.v.row, p.v.row, next, p.D_v);
+        } else if (in_place<T>(p.k, p.D))
           k = {(const char*)k_rows[0], int64_t(p.k.row * sizeof(T)), 4};
         else
-          pack_rows(k_rows, most, p.k.col, p.D, w.k);
-        if (E::DEPTH == 1 && in_place<T>(p.v, p.D_v))
+          pack_rows(k_rows, most, p.k.col, p.D, D, w.k);
+        if (E::DEPTH == 1 && in_place<T>(p.v, p.D_v) && (!is_few || p.D_v % 16 == 0))
           v = {(const char*)v_rows[0], 4, int64_t(p.v.row * sizeof(T))};
         else
           pack_stacked<T, false>(v_rows, most, p.v.col, p.D_v, D_v, w.v);
       }
-      product<E>(n, D, t.width, k, sums.q, t.width, w.s, t.width, Start::zero);
+      if (is_few)
+        few_scores(t, k_rows, n, p.k.col, p.D, sums.q, w.s);
+      else
+        product<E>(n, D, t.width, k, sums.q, t.width, w.s, t.width, Start::zero);
       apply_score(p, sequence, score, t, task.b, n_0, n, w.s, nullptr, w.entries);
       Operand values = v;
       if (what == Seen::part) {
@@ -269,12 +324,21 @@ void run(const AttentionParams& p, const ForwardTask& task, Workspace<T>& w, flo
       } else {
         online_softmax<T, false>(t, n, score.factor, w.s, nullptr, w.p, sums, w.rescale);
       }
-      product<E>(p.D_v, (n + E::DEPTH - 1) / E::DEPTH, t.width, values, w.p, t.width, sums.o, t.width, Start::rescale,
-                 w.rescale);
-      if (what == Seen::part && !finite) add_non_finite(v_rows, p.v.col, p.D_v, t, n, w.p, w.keep, sums.o);
+      const int depth = (n + E::DEPTH - 1) / E::DEPTH;
+      if (is_few)
+        few_values<E>(t, depth, D_v, w.p, values.data, values.step_bytes / 4, w.rescale, w.few_o);
+      else
+        product<E>(p.D_v, depth, t.width, values, w.p, t.width, sums.o, t.width, Start::rescale, w.rescale);
+      if (what == Seen::part && !finite) {
+        float* o = is_few ? w.few_o : sums.o;
+        add_non_finite(v_rows, p.v.col, p.D_v, t, n, w.p, w.keep, o, is_few ? D_v : 1, is_few ? 1 : t.width);
+      }
     }
   }
 
+  if (is_few)
+    for (int d = 0; d < p.D_v; ++d)
+      for (int l = 0; l < tiles[0].n; ++l) w.sums[0].o[d * tiles[0].width + l] = w.few_o[l * D_v + d];
   for (int i = 0; i < task.n_tiles; ++i) {
     if (task.part < 0) {
       finish<T>(p, tiles[i], task.b, w.sums[i]);

@@ -14,14 +14,6 @@ bool all_finite(const T* const* rows, int n, int64_t stride, int D) {
 }
 
 template <class T>
-FASTATTN_INLINE Int load_elements(const T* row, int64_t stride, int n) {
-#if defined(__AVX512BF16__)
-  if constexpr (Element<T>::DEPTH == 2) return load_pairs(row, stride, n);
-#endif
-  return as_int(load_some(row, stride, n));
-}
-
-template <class T>
 void pack_columns(const T* const* rows, int n, int64_t stride, int D, int width, int32_t* dst) {
   constexpr int DEPTH = Element<T>::DEPTH;
   for (int m = 0; m < width; m += LANES)
@@ -37,15 +29,14 @@ void pack_columns(const T* const* rows, int n, int64_t stride, int D, int width,
 }
 
 template <class T>
-void pack_rows(const T* const* rows, int n, int64_t stride, int D, int32_t* dst) {
+void pack_rows(const T* const* rows, int n, int64_t stride, int D, int ld, int32_t* dst) {
   constexpr int DEPTH = Element<T>::DEPTH;
-  const int elements = depth_of<T>(D);
   for (int i = 0; i < n; ++i)
     for (int d = 0; d < D; d += LANES * DEPTH) {
       const int e = d / DEPTH;
-      float* at = (float*)dst + int64_t(i) * elements + e;
+      float* at = (float*)dst + int64_t(i) * ld + e;
       const Vec x = as_float(load_elements(rows[i] + d * stride, stride, D - d));
-      elements - e >= LANES ? store(at, x) : store(at, x, elements - e);
+      ld - e >= LANES ? store(at, x) : store(at, x, ld - e);
     }
 }
 
@@ -81,7 +72,7 @@ void pack_stacked(const T* const* rows, int n, int64_t stride, int D, int ld, in
 #define FASTATTN_INSTANTIATE(T)                                                             \
   template bool all_finite(const T* const*, int, int64_t, int);                             \
   template void pack_columns(const T* const*, int, int64_t, int, int, int32_t*);            \
-  template void pack_rows(const T* const*, int, int64_t, int, int32_t*);                    \
+  template void pack_rows(const T* const*, int, int64_t, int, int, int32_t*);               \
   template void pack_stacked<T, false>(const T* const*, int, int64_t, int, int, int32_t*);  \
   template void pack_stacked<T, true>(const T* const*, int, int64_t, int, int, int32_t*);
 FASTATTN_INSTANTIATE(float)

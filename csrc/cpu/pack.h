@@ -71,6 +71,14 @@ FASTATTN_INLINE Int finite_or_zero(Int pair) {
 }
 #endif
 
+template <class T>
+FASTATTN_INLINE Int load_elements(const T* row, int64_t stride, int n) {
+#if defined(__AVX512BF16__)
+  if constexpr (Element<T>::DEPTH == 2) return load_pairs(row, stride, n);
+#endif
+  return as_int(load_some(row, stride, n));
+}
+
 // Whether n rows of D numbers hold neither inf nor NaN
 template <class T>
 bool all_finite(const T* const* rows, int n, int64_t stride, int D);
@@ -79,9 +87,9 @@ bool all_finite(const T* const* rows, int n, int64_t stride, int D);
 template <class T>
 void pack_columns(const T* const* rows, int n, int64_t stride, int D, int width, int32_t* dst);
 
-// dst[n][e]
+// dst[n][e], rows of ld elements, those from D / DEPTH on being 0 up to a multiple of LANES
 template <class T>
-void pack_rows(const T* const* rows, int n, int64_t stride, int D, int32_t* dst);
+void pack_rows(const T* const* rows, int n, int64_t stride, int D, int ld, int32_t* dst);
 
 // dst[n / DEPTH][d], rows of ld elements, those from D on being 0; CLEAN: inf and NaN are replaced by 0
 template <class T, bool CLEAN>

@@ -34,4 +34,19 @@ FASTATTN_INLINE void transpose(Int (&r)[LANES]) {
   }
 }
 
+// The sums over lanes of four vectors
+FASTATTN_INLINE void reduce_four(const Vec (&x)[4], float* sums) {
+  const auto folded = [](Vec a, Vec b) {  // lanes of a and b alternate, each the sum of two that were half a vector apart
+    return as_float(interleave_low(as_int(a), as_int(b))) + as_float(interleave_high(as_int(a), as_int(b)));
+  };
+  Vec y = folded(folded(x[0], x[2]), folded(x[1], x[3]));  // x_0, x_1, x_2, x_3 over and over
+#if defined(__AVX512F__)
+  y += (Vec)__builtin_shufflevector(y, y, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+  y += (Vec)__builtin_shufflevector(y, y, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+#elif defined(__AVX2__)
+  y += (Vec)__builtin_shufflevector(y, y, 4, 5, 6, 7, 0, 1, 2, 3);
+#endif
+  memcpy(sums, &y, 4 * sizeof(float));
+}
+
 }  // namespace fastattn::FASTATTN_ISA

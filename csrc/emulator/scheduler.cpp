@@ -15,8 +15,13 @@ void switch_away() {
   thread->fiber.suspend();
 }
 
-// One step of asynchronous work; false when there is none.
+// One step of asynchronous work, which no thread does; false when there is none.
 bool asynchronous_step() {
+  struct Away {
+    Thread* thread = machine->current;
+    Away() { machine->current = nullptr; }
+    ~Away() { machine->current = thread; }
+  } const away;
   auto& bulk = machine->bulk;
   std::vector<std::pair<Cta*, Warpgroup*>> wgmma;
   for (auto& cluster : machine->clusters)
@@ -70,10 +75,8 @@ void maybe_yield() {
   if (chance(64)) yield();
 }
 
-bool coin() { return machine->random() & 1; }
-
 bool runs_at_once() {
-  return machine->schedule == Schedule::Eager || (machine->schedule == Schedule::Random && coin());
+  return machine->schedule == Schedule::Eager || (machine->schedule == Schedule::Random && chance(2));
 }
 
 void finding(const char* kind, const Where& where, const std::string& message) {
@@ -107,6 +110,7 @@ void run() {
     ++machine->switches;
     thread->fiber.resume();
     machine->current = nullptr;
+    if (machine->spins > 4 * (ready.size() + 1)) asynchronous_step();  // they may wait for it
     if (machine->spins > MAX_SPINS * (ready.size() + 1)) {
       report_deadlock();
       return;

@@ -36,7 +36,6 @@ template <class Ready> void wait_until(WaitList& list, const Waiting& waiting, R
 void yield();            // lets the other threads run
 void poll();             // of a load that may wait for another thread: sometimes yields
 void maybe_yield();      // in the random schedule, sometimes, or lets an asynchronous operation run
-bool coin();             // of the random schedule's seed
 bool runs_at_once();     // whether an asynchronous operation issued now is carried out at once
 void finding(const char* kind, const Where& where, const std::string& message);  // of the current thread
 [[noreturn]] void give_up();  // after a finding with which the kernel cannot go on

@@ -190,6 +190,25 @@ void flag_kernel(const Flag p) {
   }
 }
 
+// The flag is the last of four floats that CTA 1 adds by a bulk reduction.
+struct Sum { float* sum; float* seen; };
+void flag_by_reduction_kernel(const Sum p) {
+  const uint32_t stage = dynamic_shared();
+  const int t = threadIdx.x;
+  if (blockIdx.x == 0) {
+    while (ld_global(p.sum + 3) == 0) continue;
+    p.seen[t] = ld_global(p.sum + t % 4);
+    return;
+  }
+  if (t < 4) st_shared(stage + 4 * t, float(t + 1));
+  fence_proxy_async();
+  cta_sync();
+  if (t) return;
+  bulk_reduce_add(p.sum, stage, 16);
+  tma_store_commit();
+  tma_store_wait<0>();
+}
+
 void waits_for_a_flag_that_nobody_raises_kernel(const Flag p) {
   while (!ld_global(p.flag)) continue;
 }
@@ -336,6 +355,14 @@ TEST(flags_in_global_memory) {
   expect_clean(flag_kernel, {dim3(2), 32, 0}, Flag{&flag, number}, [&] {
     EXPECT_EQUAL(number[1], 42);
     flag = 0;
+  });
+}
+TEST(flag_by_a_reduction) {
+  alignas(16) float sum[4] = {};
+  std::vector<float> seen(32);
+  expect_clean(flag_by_reduction_kernel, {dim3(2), 32, 64}, Sum{sum, seen.data()}, [&] {
+    for (int t = 0; t < 32; ++t) EXPECT_EQUAL(seen[t], float(t % 4 + 1));
+    std::fill(sum, sum + 4, 0.f);
   });
 }
 TEST(flag_that_nobody_raises) {

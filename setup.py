@@ -1,4 +1,5 @@
-"""Everything that is not in pyproject.toml: fastattn._cuda, where there is nvcc and a GPU to compile for."""
+"""Everything that is not in pyproject.toml: fastattn._cpu where there is a C++ compiler, fastattn._cuda where there is
+nvcc and a GPU to compile for."""
 
 from __future__ import annotations
 
@@ -33,13 +34,18 @@ def load_native() -> Any:
 
 
 NATIVE = load_native().__name__
-MANIFEST = "_cuda.json"
+KERNELS = {"cuda": "CUDA kernels", "cpu": "CPU kernels"}
 try:
-    DECISION = import_module(f"{NATIVE}.installation").decide(os.environ)
+    DECISIONS = import_module(f"{NATIVE}.installation").decide(os.environ)
 except ValueError as error:
     sys.exit(f"fastattn: {error}")
-if DECISION.required and not DECISION.archs:
-    sys.exit(f"fastattn: FASTATTN_BUILD is 1, but the CUDA kernels cannot be compiled: {DECISION.reason}")
+for target, decision in DECISIONS.items():
+    if decision.required and decision.plan is None:
+        sys.exit(f"fastattn: FASTATTN_BUILD is 1, but the {KERNELS[target]} cannot be compiled: {decision.reason}")
+
+
+def manifest_name(target: str) -> str:
+    return f"_{target}.json"
 
 
 class BuildPy(build_py):
@@ -49,8 +55,9 @@ class BuildPy(build_py):
     """
 
     def run(self) -> None:
-        if not DECISION.archs:
-            print(f"fastattn: CUDA kernels are not compiled: {DECISION.reason}")
+        for target, decision in DECISIONS.items():
+            if decision.plan is None:
+                print(f"fastattn: {KERNELS[target]} are not compiled: {decision.reason}")
         super().run()
         if not self.editable_mode:
             plan = import_module(f"{NATIVE}.plan")
@@ -66,32 +73,38 @@ class BuildExt(build_ext):
     """Compiles by fastattn's own engine; a failure is told, and the package installed without the module."""
 
     def build_extension(self, ext: Extension) -> None:
-        plan, workplace = (import_module(f"{NATIVE}.{name}") for name in ("plan", "workplace"))
+        target = ext.name.removeprefix("fastattn._")
+        decision, workplace = DECISIONS[target], import_module(f"{NATIVE}.workplace")
         module = Path(self.get_ext_fullpath(ext.name))
         module.parent.mkdir(parents=True, exist_ok=True)
         try:
-            wanted = plan.cuda(DECISION.archs)
+            wanted = decision.plan()
             folder = Path(self.build_temp).resolve() / f"{wanted.target}-{wanted.workplace_key}"
             folder.mkdir(parents=True, exist_ok=True)
             shutil.copy2(workplace.run(wanted, folder), module)
         except (RuntimeError, ValueError) as error:
-            if DECISION.required:
-                sys.exit(f"fastattn: the CUDA kernels do not compile, and FASTATTN_BUILD is 1: {error}")
-            print(f"fastattn: installed without CUDA kernels, which do not compile: {error}")
+            if decision.required:
+                sys.exit(f"fastattn: the {KERNELS[target]} do not compile, and FASTATTN_BUILD is 1: {error}")
+            print(f"fastattn: installed without {KERNELS[target]}, which do not compile: {error}")
             return
         manifest = {**wanted.manifest(), "module": module.name}
-        (module.parent / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        print(f"fastattn: compiled the CUDA kernels for {', '.join(wanted.archs)} with {wanted.compiler}")
+        (module.parent / manifest_name(target)).write_text(json.dumps(manifest, indent=1))
+        print(f"fastattn: compiled the {KERNELS[target]} for {', '.join(wanted.archs)} with {wanted.compiler}")
 
     def copy_extensions_to_source(self) -> None:
         super().copy_extensions_to_source()
-        built = Path(self.build_lib) / "fastattn" / MANIFEST
-        if built.is_file():
-            shutil.copy2(built, ROOT / "fastattn" / MANIFEST)
+        for target in DECISIONS:
+            built = Path(self.build_lib) / "fastattn" / manifest_name(target)
+            if built.is_file():
+                shutil.copy2(built, ROOT / "fastattn" / built.name)
 
 
 setup(
-    # Without one the wheel fits every platform.
-    ext_modules=[Extension("fastattn._cuda", sources=[], optional=True)] if DECISION.archs else [],
+    # Without any the wheel fits every platform.
+    ext_modules=[
+        Extension(f"fastattn._{target}", sources=[], optional=True)
+        for target, decision in DECISIONS.items()
+        if decision.plan is not None
+    ],
     cmdclass={"build_py": BuildPy, "build_ext": BuildExt},
 )

@@ -1,4 +1,4 @@
-"""`build`: compiles the CUDA and the Triton kernels for a card, ahead of the first call, into the user's caches."""
+"""`build`: compiles the kernels for the CPU and the card at hand, ahead of the first call, into the user's caches."""
 
 from __future__ import annotations
 
@@ -17,11 +17,16 @@ from fastattn.native.errors import BuildFailed, ToolMissing, UnknownArch, Unsafe
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = subparsers.add_parser("build", help="compile the kernels for the card that is here, or for those named")
+    parser = subparsers.add_parser(
+        "build", help="compile the kernels for this CPU, and for the card that is here or those named"
+    )
     parser.add_argument("--arch", nargs="+", metavar="NAME", help="default: FASTATTN_CUDA_ARCHS, else what is here")
     parser.add_argument("--list-archs", action="store_true", help="show what --arch accepts, and compile nothing")
     parser.add_argument("--jobs", type=int, metavar="N", help="compilers at once; default: one per core")
-    parser.add_argument("--emulator", action="store_true", help="compile for the emulator on the CPU instead")
+    parser.add_argument("--cpu", action="store_true", help="compile the kernels for CPU tensors, and nothing else")
+    parser.add_argument(
+        "--emulator", action="store_true", help="compile the CUDA kernels for the emulator, nothing else"
+    )
     parser.add_argument("--no-triton", action="store_true", help="leave Triton's kernels to the first call of each")
     parser.set_defaults(run=run)
 
@@ -33,19 +38,25 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.jobs is not None and args.jobs < 1:
         raise ArgumentError(f"`--jobs` is {args.jobs}; it must be at least 1.")
-    chosen = () if args.emulator else choose(args.arch)
-    with_triton = not (args.emulator or args.no_triton)
+    chosen = () if args.emulator or args.cpu else choose(args.arch)
+    with_triton = bool(chosen) and not args.no_triton
     if with_triton and interprets():  # a kernel is a Python function there, with nothing to compile
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         return subprocess.run([sys.executable, "-m", "fastattn", *args.argv], env=environment).returncode
     try:
-        wanted = plan.emulator() if args.emulator else plan.cuda(chosen)
-        build(wanted, args.jobs)
+        if not args.emulator:
+            build(plan.cpu(), args.jobs)
+        if args.emulator:
+            build(plan.emulator(), args.jobs)
+        if chosen:
+            build(plan.cuda(chosen), args.jobs)
     except UnknownArch as error:
         raise ArgumentError(str(error)) from error
     except (ToolMissing, BuildFailed, UnsafeCache) as error:
         print(error, file=sys.stderr)
         return 1
+    if not (chosen or args.cpu or args.emulator):
+        print("nvidia-smi sees no GPU here; `--arch sm_90a` compiles the CUDA kernels for a card that is elsewhere.")
     return build_triton(chosen, args.jobs) if with_triton else 0
 
 
@@ -56,7 +67,7 @@ def interprets() -> bool:
 
 
 def choose(asked: list[str] | None) -> tuple[str, ...]:
-    """The architectures to compile for: those named, those of the environment, or those of the cards present."""
+    """The architectures to compile for: those named, those of the environment, or those of the cards here, if any."""
     source, text = "--arch", " ".join(asked or ())
     if not text:
         source, text = "FASTATTN_CUDA_ARCHS", os.environ.get("FASTATTN_CUDA_ARCHS", "")
@@ -65,9 +76,7 @@ def choose(asked: list[str] | None) -> tuple[str, ...]:
             return archs.parse(text)
         except UnknownArch as error:
             raise ArgumentError(f"`{source}`: {error}") from error
-    if present := archs.present():
-        return present
-    raise ArgumentError("nvidia-smi sees no GPU here: name a card by `--arch`, for example sm_90a.")
+    return archs.present()
 
 
 def build(wanted: plan.Plan, jobs: int | None) -> None:
@@ -78,7 +87,7 @@ def build(wanted: plan.Plan, jobs: int | None) -> None:
     what = f"{wanted.target} kernels for {', '.join(built.archs)}" if built.archs else f"{wanted.target} kernels"
     how = f"compiled by {built.compiler} in {time.perf_counter() - start:.1f} s" if is_new else "were there already"
     print(f"{what}: {how}\n  {built.path}")
-    if is_new and built.archs:
+    if is_new and built.target == "cuda":
         with cache.own_workplace(wanted) as folder:
             for phrase in workplace.spilling(wanted, folder):
                 print(f"  {phrase}")

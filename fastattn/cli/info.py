@@ -36,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
 def native_modules() -> Iterator[tuple[str, str]]:
     """Each module that is compiled apart: for what and where it is, or how to get it."""
     missing = {
+        "cpu": native.why_no_cpu(),
         "cuda": native.why_not(),
         "emulator": native.why_no_emulator() or "FASTATTN_EMULATE=1 compiles it with the first kernel that runs",
     }

@@ -3,6 +3,7 @@
 load()           fastattn._cuda, from the wheel or from the user's cache
 why_not()        why load() would raise; None if it would not
 load_emulator()  the same bindings and kernels on the CPU, built when first asked for
+load_cpu()       fastattn._cpu, likewise from the wheel or from the cache; why_no_cpu() as above
 """
 
 from __future__ import annotations
@@ -19,7 +20,17 @@ from .errors import BuildFailed, NativeMissing, ToolMissing, UnsafeCache
 if TYPE_CHECKING:
     from .cache import Built
 
-__all__ = ["NativeMissing", "built", "forget", "load", "load_emulator", "why_no_emulator", "why_not"]
+__all__ = [
+    "NativeMissing",
+    "built",
+    "forget",
+    "load",
+    "load_cpu",
+    "load_emulator",
+    "why_no_cpu",
+    "why_no_emulator",
+    "why_not",
+]
 
 PACKAGE = Path(__file__).resolve().parent.parent
 HOW = "`python -m fastattn build` compiles it, given nvcc"
@@ -39,8 +50,22 @@ def why_not(capability: tuple[int, int] | None = None) -> str | None:
     return found if isinstance(found, str) else None
 
 
+def load_cpu() -> ModuleType:
+    """fastattn._cpu. Raises NativeMissing."""
+    found = _find_cpu()
+    if isinstance(found, str):
+        raise NativeMissing(found)
+    return _load(found.path, "fastattn._cpu")
+
+
+def why_no_cpu() -> str | None:
+    """Why `load_cpu` would raise, as a phrase with a way out; None if a module is there. Loads nothing."""
+    found = _find_cpu()
+    return found if isinstance(found, str) else None
+
+
 def built(target: str) -> list[Built]:
-    """The modules of "cuda" or "emulator" that fit these sources and this Python, the one to take first."""
+    """The modules of "cuda", "emulator" or "cpu" that fit these sources and this Python, the one to take first."""
     from . import plan, toolchain
 
     current, abi = plan.digest(plan.read_sources(plan.csrc(), plan.PATTERNS[target])), toolchain.abi()
@@ -66,6 +91,7 @@ def why_no_emulator() -> str | None:
 def forget() -> None:
     """Looks for modules afresh; those that are loaded stay."""
     _find.cache_clear()
+    _find_cpu.cache_clear()
     _emulator.cache_clear()
 
 
@@ -88,6 +114,18 @@ def _find(capability: tuple[int, int] | None) -> Built | str:
     except (BuildFailed, UnsafeCache) as error:
         return str(error).rstrip(".")
     return f"it is not compiled for this machine; {HOW}"
+
+
+@functools.cache
+def _find_cpu() -> Built | str:
+    try:
+        if fitting := built("cpu"):
+            return fitting[0]
+        if _there("cpu"):
+            return "it was compiled from other sources, or for another Python; `python -m fastattn build` does it anew"
+    except (BuildFailed, UnsafeCache) as error:
+        return str(error).rstrip(".")
+    return "it is not compiled for this machine; `python -m fastattn build` compiles it, given a C++ compiler"
 
 
 def _there(target: str) -> list[Built]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -22,12 +23,36 @@ CUDA_BINDINGS = ("bindings_*.cpp", "!bindings_cpu.cpp")
 CUDA_FILES = ("*.h", *CUDA_BINDINGS, "cuda/*.h", "cuda/*.cu", "!cpu/*", "!emulator/*", "!*tests/*")
 EMULATOR_FILES = (*(name for name in CUDA_FILES if name != "!emulator/*"), "emulator/*.h", "emulator/*.cpp")
 HOPPER_SOURCES = ("cuda/sm90/*.cu",)
+CPU_FILES = ("bindings_cpu.cpp", "cpu/*.h", "cpu/*.cpp", "!*tests/*")
 
 NVCC_FLAGS = ("-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Icsrc/cuda", "-Icsrc")
 KERNEL_FLAGS = ("-lineinfo", "-Xptxas=-v")
 NVCC_LINK = ("-shared", "-cudart=static", "-Xlinker=--exclude-libs=ALL")
 GXX_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-Icsrc/emulator", "-Icsrc/cuda", "-Icsrc")
 GXX_LINK = ("-shared", "-pthread")
+# Sums are contracted where the source says fma, and nowhere else: every instruction set rounds alike.
+CPU_FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-fopenmp",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-Icsrc",
+    "-Wno-psabi",
+)
+CPU_LINK = ("-shared", "-fopenmp")
+PER_ISA = b"namespace fastattn::FASTATTN_ISA"  # what a source that is compiled for each instruction set holds
+_AVX2 = ("-mavx2", "-mfma", "-mf16c")
+_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
+ISAS: dict[str, dict[str, tuple[str, ...]]] = {  # machine -> the sets of csrc/cpu/dispatch.h and their flags
+    "x86_64": {
+        "baseline": (),
+        "avx2": _AVX2,
+        "avx512": _AVX512,
+        "avx512_bf16": (*_AVX512, "-mavx512bf16"),
+    }
+}
 
 
 def csrc() -> Path:
@@ -74,24 +99,25 @@ class Unit:
     source: str  # below csrc
     command: tuple[str, ...]
     is_kernel: bool = False  # ptxas speaks of it
+    variant: str = ""  # a source may be compiled several times
 
     @property
     def object(self) -> str:
-        return f"obj/{self.source}.o"
+        return f"obj/{'.'.join(filter(None, (self.source, self.variant)))}.o"
 
 
 @dataclass(frozen=True)
 class Plan:
     """All that decides what a build gives. Commands run in a folder that holds csrc, and name sources relative."""
 
-    target: str  # "cuda", "emulator"
+    target: str  # "cuda", "emulator", "cpu"
     module: str  # the last part of its name, as in PYBIND11_MODULE
     sources: dict[str, bytes] = field(repr=False)
     units: tuple[Unit, ...]
     link: tuple[str, ...]  # up to `objects -o module`
     compilers: tuple[str, ...] = field(repr=False)  # the full text of each version
     compiler: str  # one line for people
-    archs: tuple[str, ...] = ()
+    archs: tuple[str, ...] = ()  # GPUs', or instruction sets
     abi: str = field(default_factory=toolchain.abi)
 
     @property
@@ -195,4 +221,32 @@ def emulator(folder: Path | None = None) -> Plan:
     )
 
 
-PATTERNS = {"cuda": CUDA_FILES, "emulator": EMULATOR_FILES}
+def cpu(folder: Path | None = None) -> Plan:
+    """fastattn._cpu: its kernels once for every instruction set of this kind of machine, of which one runs."""
+    gxx = toolchain.find_gxx()
+    sources = read_sources(folder or csrc(), CPU_FILES)
+    isas = ISAS.get(platform.machine(), {"baseline": ()})
+    python = _python_flags()
+
+    def units() -> Iterator[Unit]:
+        for name, content in sources.items():
+            if name.endswith(".cpp") and PER_ISA in content:
+                for isa, flags in isas.items():
+                    command = (*gxx.command, *CPU_FLAGS, *flags, f"-DFASTATTN_ISA={isa}")
+                    yield Unit(name, command, variant=isa)
+            elif name.endswith(".cpp"):
+                yield Unit(name, (*gxx.command, *CPU_FLAGS, *python))
+
+    return Plan(
+        target="cpu",
+        module="_cpu",
+        sources=sources,
+        units=tuple(units()),
+        link=(*gxx.command, *CPU_LINK),
+        compilers=(gxx.version,),
+        compiler=gxx.version.partition("\n")[0],
+        archs=tuple(isas),
+    )
+
+
+PATTERNS = {"cuda": CUDA_FILES, "emulator": EMULATOR_FILES, "cpu": CPU_FILES}

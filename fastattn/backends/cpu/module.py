@@ -10,12 +10,14 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from fastattn import native
+
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType of csrc/cpu/numeric.h
 
 
 @functools.cache
 def load() -> ModuleType:
-    """The module; FASTATTN_CPU_MODULE names the file of another build of it."""
+    """The module; FASTATTN_CPU_MODULE names the file of another build of it, as one with sanitizers."""
     if path := os.environ.get("FASTATTN_CPU_MODULE"):
         spec = importlib.util.spec_from_file_location("fastattn._cpu", path)
         assert spec is not None
@@ -23,15 +25,13 @@ def load() -> ModuleType:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module
-    return importlib.import_module("fastattn._cpu")
+    return native.load_cpu()
 
 
 @functools.cache
 def why_not() -> str | None:
     """Why `load` would raise; None if it would not."""
-    if "FASTATTN_CPU_MODULE" in os.environ or importlib.util.find_spec("fastattn._cpu") is not None:
-        return None
-    return "its kernels are not built here; `python -m fastattn build` compiles them, given a C++ compiler"
+    return None if "FASTATTN_CPU_MODULE" in os.environ else native.why_no_cpu()
 
 
 def threads() -> int:

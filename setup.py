@@ -40,7 +40,7 @@ try:
 except ValueError as error:
     sys.exit(f"fastattn: {error}")
 for target, decision in DECISIONS.items():
-    if decision.required and decision.plan is None:
+    if decision.required and not decision.compiles:
         sys.exit(f"fastattn: FASTATTN_BUILD is 1, but the {KERNELS[target]} cannot be compiled: {decision.reason}")
 
 
@@ -56,7 +56,7 @@ class BuildPy(build_py):
 
     def run(self) -> None:
         for target, decision in DECISIONS.items():
-            if decision.plan is None:
+            if not decision.compiles:
                 print(f"fastattn: {KERNELS[target]} are not compiled: {decision.reason}")
         super().run()
         if not self.editable_mode:
@@ -104,7 +104,7 @@ setup(
     ext_modules=[
         Extension(f"fastattn._{target}", sources=[], optional=True)
         for target, decision in DECISIONS.items()
-        if decision.plan is not None
+        if decision.compiles
     ],
     cmdclass={"build_py": BuildPy, "build_ext": BuildExt},
 )

@@ -28,6 +28,20 @@ PyMODINIT_FUNC PyInit__cuda() {
   return m;
 }
 """
+CPU_BINDINGS = """
+#include <Python.h>
+#include "cpu/kernel.h"
+static PyObject* value_py(PyObject*, PyObject*) { return PyLong_FromLong(fastattn::baseline::value()); }
+static PyMethodDef methods[] = {{"value", value_py, METH_NOARGS, nullptr}, {nullptr, nullptr, 0, nullptr}};
+static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_cpu", nullptr, -1, methods};
+PyMODINIT_FUNC PyInit__cpu() { return PyModule_Create(&module); }
+"""
+CPU_KERNEL = """
+#include "cpu/kernel.h"
+namespace fastattn::FASTATTN_ISA {
+int value() { return 7; }
+}
+"""
 FILES = {
     "params.h": "int answer();\nint offset();\n",
     "cuda/launch.h": "",
@@ -36,10 +50,11 @@ FILES = {
     "cuda/offset.cu": "#include <params.h>\nint offset() { return 0; }\n",
     "cuda/sm90/attention.cu": "void attention() {}\n",
     "bindings_cuda.cpp": BINDINGS,
-    # what no target of these takes
-    "bindings_cpu.cpp": "#error not of this target\n",
+    "bindings_cpu.cpp": CPU_BINDINGS,
+    "cpu/kernel.h": "namespace fastattn::baseline {\nint value();\n}\n",
+    "cpu/kernel.cpp": CPU_KERNEL,
+    # what no target takes
     "cuda/tests/test.cu": "#error a test\n",
-    "cpu/kernel.h": "#error not of this target\n",
     "README.md": "",
 }
 

@@ -334,22 +334,59 @@ def test_the_engine_needs_python_alone():
 )
 def test_what_an_installation_compiles(environment, gpus, decision, monkeypatch, csrc, toolkit):
     monkeypatch.setattr(archs, "present", lambda: gpus)
-    found = installation.decide(environment)
+    found, cpu = installation.decide(environment).values()
     assert not found.required
+    assert cpu.compiles == (environment.get("FASTATTN_BUILD") != "0")
     if isinstance(decision, str):
-        assert (found.archs, found.reason[: len(decision)]) == ((), decision)
+        assert (found.compiles, found.archs, found.reason[: len(decision)]) == (False, (), decision)
     else:
-        assert (found.archs, found.reason) == (decision, "")
+        assert (found.compiles, found.archs, found.reason) == (True, decision, "")
     if environment.get("FASTATTN_BUILD") != "0":
         again = installation.decide(environment | {"FASTATTN_BUILD": "1"})
-        assert again == replace(found, required=True)
+        assert again == {name: replace(one, required=True) for name, one in (("cuda", found), ("cpu", cpu))}
 
 
-def test_an_installation_without_nvcc_compiles_nothing(monkeypatch: pytest.MonkeyPatch, csrc: Path):
+def test_an_installation_without_nvcc_compiles_no_cuda(monkeypatch: pytest.MonkeyPatch, csrc: Path):
     no_nvcc(monkeypatch)
     found = installation.decide({"FASTATTN_CUDA_ARCHS": "90a"})
-    assert found.archs == ()
-    assert found.reason.startswith("nvcc, NVIDIA's compiler, is missing")
+    assert not found["cuda"].compiles
+    assert found["cuda"].reason.startswith("nvcc, NVIDIA's compiler, is missing")
+    assert found["cpu"].compiles
+
+
+def test_an_installation_without_a_compiler_compiles_nothing(monkeypatch: pytest.MonkeyPatch, csrc: Path):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    found = installation.decide({"FASTATTN_CUDA_ARCHS": "90a"})
+    assert not any(decision.compiles for decision in found.values())
+    assert "no-such-compiler" in found["cpu"].reason
+
+
+def test_cpu_kernels_are_compiled_for_each_instruction_set(monkeypatch: pytest.MonkeyPatch, csrc: Path, tmp_path: Path):
+    monkeypatch.setattr(plan.platform, "machine", lambda: "x86_64")
+    units = plan.cpu(csrc).units
+    kernels = [(unit.variant, unit.command) for unit in units if unit.source == "cpu/kernel.cpp"]
+    assert [isa for isa, _ in kernels] == ["baseline", "avx2", "avx512", "avx512_bf16"]
+    assert all(f"-DFASTATTN_ISA={isa}" in command for isa, command in kernels)
+    assert [unit.variant for unit in units if unit.source != "cpu/kernel.cpp"] == [""]
+    assert len({unit.object for unit in units}) == len(units)
+    monkeypatch.setattr(plan.platform, "machine", lambda: "aarch64")
+    assert [unit.variant for unit in plan.cpu(csrc).units] == ["", "baseline"]
+
+
+def test_the_cpu_module_loads_and_says_what_is_missing(csrc: Path, native_cache, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(native, "PACKAGE", csrc)  # without the module that installing this checkout may have left
+    native.forget()
+    assert native.why_no_cpu() == (
+        "it is not compiled for this machine; `python -m fastattn build` compiles it, given a C++ compiler"
+    )
+    with pytest.raises(NativeMissing, match="not compiled for this machine"):
+        native.load_cpu()
+    cache.build(plan.cpu())
+    native.forget()
+    assert native.load_cpu().value() == 7
+    (csrc / "cpu/kernel.h").write_text("// changed")
+    native.forget()
+    assert "compiled from other sources" in str(native.why_no_cpu())
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from planted_native import FILES, calls, compiled, write_tree
 from fastattn.inspection import cuda
 
 ROOT = Path(__file__).parent.parent
-LEAVE_OUT = shutil.ignore_patterns("__pycache__", "*.so", "_cuda.json", "csrc")
+LEAVE_OUT = shutil.ignore_patterns("__pycache__", "*.so", "_cuda.json", "_cpu.json", "csrc")
 
 
 def project(folder: Path) -> Path:
@@ -46,7 +46,9 @@ sys.path.insert(0, sys.argv[1])
 from fastattn import native
 module = native.load((9, 0))
 assert module.__file__.startswith(sys.argv[1]), module.__file__
-print(module.answer(), native.why_no_emulator())
+cpu = native.load_cpu()
+assert cpu.__file__.startswith(sys.argv[1]), cpu.__file__
+print(module.answer(), cpu.value(), native.why_no_emulator())
 """
 
 
@@ -55,11 +57,17 @@ def test_a_wheel_holds_the_module_and_the_sources(tmp_path: Path, toolkit: Path)
     write_tree(source / "csrc", FILES | {"emulator/ptx/language.h": "", "emulator/tests/test.cpp": "#error a test\n"})
     path, said = build_wheel(source, FASTATTN_CUDA_ARCHS="90a")
     assert "py3-none-any" not in path.name
-    assert said == ["fastattn: compiled the CUDA kernels for sm_90a with nvcc 13.0.88"]
+    cpu, cuda = sorted(said)
+    assert cuda == "fastattn: compiled the CUDA kernels for sm_90a with nvcc 13.0.88"
+    assert cpu.startswith("fastattn: compiled the CPU kernels for baseline")
     names = zipfile.ZipFile(path).namelist()
-    assert [name for name in names if name.startswith("fastattn/_cuda.") and name.endswith(".so")]
+    for start in ("fastattn/_cuda.", "fastattn/_cpu."):
+        assert [name for name in names if name.startswith(start) and name.endswith(".so")]
     assert sorted(name.removeprefix("fastattn/csrc/") for name in names if "csrc" in name) == [
+        "bindings_cpu.cpp",
         "bindings_cuda.cpp",
+        "cpu/kernel.cpp",
+        "cpu/kernel.h",
         "cuda/answer.cu",
         "cuda/launch.h",
         "cuda/offset.cu",
@@ -73,19 +81,30 @@ def test_a_wheel_holds_the_module_and_the_sources(tmp_path: Path, toolkit: Path)
     environment = {**os.environ, "FASTATTN_CACHE": str(tmp_path / "cache")}
     command = [sys.executable, "-c", LOAD, str(site)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
-    assert done.stdout == "42 None\n", done.stderr
+    assert done.stdout == "42 7 None\n", done.stderr
 
 
-def test_without_a_gpu_or_a_named_architecture_nothing_is_compiled(tmp_path: Path, toolkit: Path):
+def test_without_a_gpu_or_a_named_architecture_no_cuda_is_compiled(tmp_path: Path, toolkit: Path):
     source = project(tmp_path / "project")
     write_tree(source / "csrc", FILES)
     nothing = {"PATH": os.pathsep.join(f for f in os.environ["PATH"].split(os.pathsep) if not has_gpu_tool(f))}
     path, said = build_wheel(source, FASTATTN_CUDA_ARCHS="", **nothing)
-    assert path.name.endswith("py3-none-any.whl")
-    assert said == [
+    assert "_cuda" not in "".join(name for name in zipfile.ZipFile(path).namelist() if "csrc" not in name)
+    assert (
         "fastattn: CUDA kernels are not compiled: there is no NVIDIA GPU here, and FASTATTN_CUDA_ARCHS names none"
-    ]
+        in said
+    )
     assert compiled(calls(toolkit)) == []
+
+
+def test_without_a_compiler_the_wheel_is_for_every_platform(tmp_path: Path, toolkit: Path):
+    source = project(tmp_path / "project")
+    write_tree(source / "csrc", FILES)
+    path, said = build_wheel(source, FASTATTN_CUDA_ARCHS="", CXX="no-such-compiler")
+    assert path.name.endswith("py3-none-any.whl")
+    assert any(
+        line.startswith("fastattn: CPU kernels are not compiled: ") and "no-such-compiler" in line for line in said
+    )
 
 
 def has_gpu_tool(folder: str) -> bool:
@@ -96,7 +115,10 @@ def test_a_build_that_fails_is_told_and_skipped_unless_it_is_required(tmp_path: 
     source = project(tmp_path / "project")
     write_tree(source / "csrc", FILES | {"cuda/offset.cu": "int offset() { return nonsense; }\n"})
     path, said = build_wheel(source, FASTATTN_CUDA_ARCHS="80")
-    assert said[0].startswith("fastattn: installed without CUDA kernels, which do not compile: cuda/offset.cu")
+    assert any(
+        line.startswith("fastattn: installed without CUDA kernels, which do not compile: cuda/offset.cu")
+        for line in said
+    )
     assert not [name for name in zipfile.ZipFile(path).namelist() if "_cuda" in name and "csrc" not in name]
     with pytest.raises(AssertionError, match=r"FASTATTN_BUILD is 1: cuda/offset\.cu does not compile"):
         build_wheel(source, FASTATTN_CUDA_ARCHS="80", FASTATTN_BUILD="1")
@@ -108,10 +130,10 @@ def test_a_wheel_of_the_real_kernels(tmp_path: Path):
     source = project(tmp_path / "project")
     shutil.copytree(ROOT / "csrc", source / "csrc")
     path, said = build_wheel(source, FASTATTN_CUDA_ARCHS="90a", FASTATTN_BUILD="1")
-    assert said[-1].startswith("fastattn: compiled the CUDA kernels for sm_90a")
+    assert any(line.startswith("fastattn: compiled the CUDA kernels for sm_90a") for line in said)
     site = tmp_path / "site"
     zipfile.ZipFile(path).extractall(site)
-    script = LOAD.replace("module.answer()", "module.__name__")
+    script = LOAD.replace("module.answer(), cpu.value()", "module.__name__, cpu.isa() != ''")
     command = [sys.executable, "-c", script, str(site)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.stdout == "fastattn._cuda None\n", done.stderr
+    assert done.stdout == "fastattn._cuda True None\n", done.stderr

@@ -3,6 +3,7 @@
 //   out = Σ_p values_p / divisor            out = Σ_p w_t(p) [t(p) counts]
 //
 // Without atomics: CTA i adds up a slice of the values into partial[i], and one more CTA these, in one order.
+#include <ptx/global.h>
 #include <rows/class_of_row.h>
 #include <rows/cross_entropy.h>
 #include <rows/launch_rows.h>

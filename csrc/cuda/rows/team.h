@@ -8,6 +8,7 @@
 #include <ptx/named_barrier.h>
 #include <ptx/shared.h>
 #include <ptx/warp.h>
+#include <rows/limits.h>
 #include <rows/planted_bugs.h>
 
 namespace rows {
@@ -18,14 +19,10 @@ constexpr bool HAS_CLUSTERS = false;
 constexpr bool HAS_CLUSTERS = true;
 #endif
 
-constexpr int MAX_THREADS = 512, MAX_WARPS = MAX_THREADS / 32, MAX_CLUSTER = 8;
-
 // Threads that an SM has room for at once, by their registers; as the bound of a launch, a limit of registers.
 constexpr int LEAN_RESIDENT = 768;  // 80 registers
 constexpr int RESIDENT = 512;       // 128: where elements are accessed one by one, or dweight and dbias are summed
 
-constexpr int SLOT = 16;                                             // bytes: FIELDS <= 4
-constexpr int REDUCTION_BYTES = 2 * (MAX_WARPS + MAX_CLUSTER) * SLOT;  // two rounds, which take turns
 
 template <class Planted> struct Team {
   int threads;        // of this CTA that share a row

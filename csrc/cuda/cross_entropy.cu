@@ -219,9 +219,18 @@ template <class T> static RowProblem problem_of(const Walk& walk, bool keeps) {
   return {walk.N, PACK<T>, FORWARD_BYTES / int(sizeof(T)), keeps ? FORWARD_BYTES : 0, walk.shifted};
 }
 
-void cross_entropy_forward(CrossEntropy p, cudaStream_t stream) {
+static void refuse(const CrossEntropy& p) {
   if (p.weight.data && p.smoothing > 0.f)
     throw std::invalid_argument("cross_entropy: weight and label_smoothing together are not supported by the CUDA kernels");
+  const Dtype dtype = p.logits.dtype;
+  require(p.dlogits, "cross_entropy: dlogits", dtype, dtype);
+  require(p.loss, "cross_entropy: loss", dtype, Dtype::Float32);
+  require(p.dloss, "cross_entropy: dloss", dtype, Dtype::Float32);
+  require(p.weight, "cross_entropy: weight", dtype, Dtype::Float32);
+}
+
+void cross_entropy_forward(CrossEntropy p, cudaStream_t stream) {
+  refuse(p);
   with_dtype(p.logits.dtype, [&](auto zero) {
     using T = decltype(zero);
     for (Matrix* m : {&p.dlogits, &p.logits}) align(*m, PACK<T>);
@@ -243,8 +252,7 @@ void cross_entropy_forward(CrossEntropy p, cudaStream_t stream) {
 constexpr RowLimits ALONE{false, REDUCTION_BYTES};
 
 void cross_entropy_backward(CrossEntropy p, cudaStream_t stream) {
-  if (p.weight.data && p.smoothing > 0.f)
-    throw std::invalid_argument("cross_entropy: weight and label_smoothing together are not supported by the CUDA kernels");
+  refuse(p);
   with_dtype(p.logits.dtype, [&](auto zero) {
     using T = decltype(zero);
     for (Matrix* m : {&p.dlogits, &p.logits}) align(*m, PACK<T>);
@@ -259,6 +267,8 @@ void cross_entropy_backward(CrossEntropy p, cudaStream_t stream) {
 }
 
 void scale_rows(ScaleRows p, cudaStream_t stream) {
+  require(p.out, "scale_rows: out", p.x.dtype, p.x.dtype);
+  require(p.factor, "scale_rows: factor", p.x.dtype, Dtype::Float32);
   with_dtype(p.x.dtype, [&](auto zero) {
     using T = decltype(zero);
     for (Matrix* m : {&p.out, &p.x}) align(*m, PACK<T>);

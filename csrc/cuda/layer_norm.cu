@@ -56,7 +56,7 @@ __device__ __forceinline__ Moments chunk_moments(const Chunk<H, E, PACKS, Plante
     for (int i = 0; i < E; ++i) sum += h.pack[v][i];
   }
   if (count == 0.f) return {{0.f, 0.f, 0.f}};
-  const float mean = sum / count;
+  const float share = ptx::rcp_approx(count), mean = sum * share;
   float squares = 0.f, error = 0.f;  // the mean was rounded at the size of Σ h, which may dwarf the spread of h
 #pragma unroll
   for (int v = 0; v < PACKS; ++v) {
@@ -70,7 +70,7 @@ __device__ __forceinline__ Moments chunk_moments(const Chunk<H, E, PACKS, Plante
       squares += centred * centred;
     }
   }
-  error /= count;
+  error *= share;
   return {{count, mean + error, squares - error * error * count}};
 }
 
@@ -354,6 +354,12 @@ template <class F> static void with_dtypes(Dtype x, Dtype h, F f) {
 }
 
 void norm_forward(NormForward p, cudaStream_t stream) {
+  const Dtype x = p.x.dtype;
+  require(p.y, "norm: y", x, Dtype::Float32);
+  require(p.weight, "norm: weight", x, Dtype::Float32);
+  require(p.bias, "norm: bias", x, Dtype::Float32);
+  require(p.residual, "norm: residual", x, Dtype::Float32);
+  require(p.h, "norm: h", p.residual.dtype, p.residual.dtype);
   with_dtypes(p.x.dtype, p.residual.data ? p.residual.dtype : p.x.dtype, [&](auto x_zero, auto h_zero) {
     using X = decltype(x_zero);
     using H = decltype(h_zero);
@@ -391,6 +397,12 @@ int norm_backward_parts(int M, int N, Dtype x, Dtype h) {
 }
 
 void norm_backward(NormBackward p, Dtype x, const Vector& dweight, const Vector& dbias, cudaStream_t stream) {
+  require(p.dx, "norm: dx", x, x);
+  require(p.dy, "norm: dy", x, Dtype::Float32);
+  require(p.h, "norm: h", x, Dtype::Float32);
+  require(p.weight, "norm: weight", x, Dtype::Float32);
+  require(p.dresidual, "norm: dresidual", p.h.dtype, p.h.dtype);
+  require(p.dh, "norm: dh", p.h.dtype, p.h.dtype);
   with_dtypes(x, p.h.dtype, [&](auto x_zero, auto h_zero) {
     using X = decltype(x_zero);
     using H = decltype(h_zero);

@@ -164,6 +164,8 @@ softmax_backward_kernel(const __grid_constant__ Softmax p) {
 
 // Every `wide` of p, and whether its rows are walked through from one 16-byte boundary to the next instead.
 static void align_rows(Softmax& p, int E) {
+  require(p.out, "softmax: its output", p.x.dtype, p.x.dtype);
+  require(p.y, "softmax: y", p.x.dtype, p.x.dtype);
   for (Matrix* m : {&p.out, &p.x, &p.y}) align(*m, E);
   shift_unaligned(p.walk, {&p.x, &p.out, &p.y});
   p.mask_wide = !p.walk.shifted && p.mask_step[3] == 1 && reinterpret_cast<uintptr_t>(p.mask) % E == 0;

@@ -16,6 +16,18 @@ template <class F> void with_dtype(Dtype dtype, F f) {
   else f(ptx::fp16{});
 }
 
+inline const char* name_of(Dtype dtype) {
+  return dtype == Dtype::Float32 ? "float32" : dtype == Dtype::Bfloat16 ? "bfloat16" : "float16";
+}
+
+// Refuses a tensor, if there is one, that is neither of `dtype` nor of `other`.
+template <class Tensor> void require(const Tensor& t, const char* name, Dtype dtype, Dtype other) {
+  if (!t.data || t.dtype == dtype || t.dtype == other) return;
+  std::string accepted = name_of(dtype);
+  if (other != dtype) accepted += std::string(" or ") + name_of(other);
+  throw std::invalid_argument(std::string(name) + " is " + name_of(t.dtype) + "; it must be " + accepted);
+}
+
 template <class Kernel> RowLimits limits(Kernel kernel) { return limits_on(supports_clusters(kernel), shared_limit()); }
 
 // Bytes of one access to E neighbours.

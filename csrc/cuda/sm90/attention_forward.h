@@ -257,6 +257,7 @@ __global__ void __launch_bounds__(Config::value.threads(), 1)
     ptx::fence_mbarrier_init();
     for (const ptx::TensorMap* map : {&p.q_map, &p.k_map, &p.v_map, &p.o_map}) ptx::tma_prefetch(map);
   }
+  ptx::warp_sync();
   if (p.cluster > 1) {
     ptx::cluster_sync();
   } else if (!Planted::has(Bug::NoInitSync)) {
@@ -270,6 +271,7 @@ __global__ void __launch_bounds__(Config::value.threads(), 1)
     ptx::setmaxnreg_inc<C.consumer_registers()>();
     consume<T, Config, Planted>(p, shared, warpgroup - 1);
   }
+  ptx::warp_sync();
   if (p.cluster > 1) ptx::cluster_sync();  // the other CTA may still write here
 }
 

@@ -33,8 +33,8 @@ struct Column {
 struct Walk {
   int M = 0, N = 0;
   int R1 = 1, R2 = 1;        // row i = (i0 · R1 + i1) · R2 + i2
-  int threads_per_row = 32;  // of one CTA
-  int cluster = 1;           // CTAs that share a row
+  int log_threads = 5;       // of one CTA that share a row
+  int log_cluster = 0;       // CTAs that share a row
   int chunks = 1;            // pieces of a row, each of which fits the registers of its threads
   int kept = 0;              // how many chunks but the last shared memory keeps for the second pass
   bool shifted = false;      // rows begin off alignment, all matrices' alike: packs are aligned in memory, not in n

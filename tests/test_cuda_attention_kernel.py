@@ -239,7 +239,7 @@ def test_what_lies_between_packed_sequences_never_leaks(kernels, D):
         ({"dtype": "fp32"}, "`dtype` is 'fp32'; it must be 'bf16' or 'fp16'"),
         (
             {"q_strides": (4096, 4096, 68)},
-            "`q` has a stride of 68 elements; all but the last are multiples of 16 bytes",
+            "`q` has a stride of 68 elements; all but the last are positive multiples of 16",
         ),
         ({"k": 8 + 2**20}, "`k` begins at an address that is no multiple of 16 bytes"),
         ({"right": 0, "counter": 0}, "`counter` is missing"),

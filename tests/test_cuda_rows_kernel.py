@@ -7,7 +7,7 @@ import test_cuda_cross_entropy_kernel
 import test_cuda_norm_kernel
 import test_cuda_softmax_kernel
 import torch
-from cuda_rows import F32, NEEDS_COMPILER, kernels, randn, rows
+from cuda_rows import BF16, F16, F32, NEEDS_COMPILER, kernels, randn, rows, sizes, vector
 from test_cuda_cross_entropy_kernel import Loss, run_loss
 from test_cuda_softmax_kernel import Soft, soft_arguments
 
@@ -48,3 +48,16 @@ def test_refusals_name_the_argument():
         kernels().softmax_forward(**{**call, "x": (x.data_ptr(), 7, 0, 0, 8)})
     with pytest.raises(ValueError, match="label_smoothing"):
         run_loss(Loss("", 2, 8, options={"label_smoothing": 0.1}), x, torch.tensor([1, 2]), torch.ones(8), "sum")
+
+
+def test_refusals_of_dtypes():
+    half, single, other = (randn(2, 8, dtype=dtype) for dtype in (BF16, F32, F16))
+    with pytest.raises(ValueError, match="softmax: its output is float32; it must be bfloat16"):
+        kernels().softmax_forward(y=rows(single), x=rows(half), **soft_arguments(half, None, Soft("", (2, 8)), False))
+    norm = {"h": None, "stats": single.data_ptr(), "rms": True, "eps": 1e-5, "weight_offset": 0.0, "stream": 0}
+    norm |= {"y": rows(half), "x": rows(half), "weight": None, "bias": None, "residual": None, **sizes(half)}
+    for name, wrong in (("weight", vector(other[0])), ("bias", vector(other[0])), ("residual", rows(other))):
+        with pytest.raises(ValueError, match=f"norm: {name} is float16; it must be bfloat16 or float32"):
+            kernels().norm_forward(**{**norm, name: wrong})
+    with pytest.raises(ValueError, match="cross_entropy: weight is float16"):
+        run_loss(Loss("", 2, 8, BF16), half, torch.tensor([1, 2]), other[0], "sum")

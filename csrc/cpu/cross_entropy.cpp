@@ -5,8 +5,8 @@
 // q_j = (1 - ε) w_t [j = t] + ε / V · w_j         for a class t of V, w = 1 without class weights
 // q_j = w_j ((1 - ε) y_j + ε / V)                 for probabilities y
 //
-// A row is read twice: for its maximum and sum, kept up to date block by block, and for its gradient, which may be
-// written over it. One to be ignored is not read at all. q of a class without weights is a constant and a spike; other
+// A row is read twice: for its maximum and sum, kept up to date as they come by, and for its gradient, which may be
+// written over it. Instead of the maximum there may be a number close to it. One to be ignored is not read at all. q of a class without weights is a constant and a spike; other
 // q, and scores with a cap, are kept in a row of fp32. Row losses are added up in one order.
 #include "cross_entropy.h"
 
@@ -17,51 +17,50 @@ namespace fastattn::FASTATTN_ISA {
 namespace {
 
 constexpr float INF = __builtin_inff(), NOT_A_NUMBER = __builtin_nanf("");
-constexpr int64_t BLOCK = 2048;  // columns between two looks at the maximum: they stay in the first cache
+constexpr float SLACK = 4.f;
 
 struct Statistics {
   float highest, log_sum;
 };
 
-// What is added to the row's sum of q everywhere, and at its class
+// q = spike · [j = t] + what is spread over all classes: a constant, or a row of fp32
 struct Target {
-  int64_t t;      // -1: none
-  float spike;    // q = constant + spike · [j = t], or the row q
-  float constant;
+  int64_t t;  // -1: none
+  float spike, constant;
   float total;    // Σ q
   bool counts;
   float poison;   // NaN where the class does not exist, else 0
 };
 
-FASTATTN_INLINE Vec finite_max(Vec m) { return select(m == broadcast(-INF), Vec{}, m); }
-
-// max s and Σ exp(s - max s) of (V,); a NaN is in the sum
+// m and Σ exp(s - m) of (V,), m being within SLACK of the maximum: it is raised, and the sums scaled, where a number
+// exceeds it by more, which after the first few vectors is rare. A NaN is in the sum.
 template <class S>
 Statistics statistics(const S* s, int64_t V) {
-  Vec most[4], sums[4] = {};
-  for (Vec& m : most) m = broadcast(-INF);
-  for (int64_t start = 0; start < V; start += BLOCK) {
-    const int64_t size = smaller(BLOCK, V - start);
-    Vec next[4] = {most[0], most[1], most[2], most[3]};
-    for_columns<4>(size, [&](int64_t n, auto part, int k) FASTATTN_LAMBDA {
-      next[k] = max(next[k], only(part, load(s + start + n, part), -INF));
-    });
-    Vec offset[4];
+  float highest = -INF;
+  Vec limit = broadcast(-INF), offset{}, sums[4] = {};
+  const auto raise = [&](Vec most) FASTATTN_LAMBDA {
+    const float before = highest;
+    highest = reduce_max(most);
+    const Vec scale = exp2_below(broadcast((before - highest) * LOG2_E));  // 0 at first
 #pragma GCC unroll 4
-    for (int k = 0; k < 4; ++k) {
-      offset[k] = finite_max(next[k]);
-      sums[k] *= exp2_below((most[k] - offset[k]) * broadcast(LOG2_E));
-      most[k] = next[k];
-    }
-    for_columns<4>(size, [&](int64_t n, auto part, int k) FASTATTN_LAMBDA {
-      const Vec e = exp2_below((load(s + start + n, part) - offset[k]) * broadcast(LOG2_E));
-      sums[k] += only(part, e);
-    });
+    for (int k = 0; k < 4; ++k) sums[k] *= scale;
+    offset = broadcast(highest);
+    limit = offset + broadcast(SLACK);
+  };
+  const auto add = [&](Vec x, int k) FASTATTN_LAMBDA { sums[k] += exp2_below((x - offset) * broadcast(LOG2_E)); };
+  int64_t n = 0;
+  for (; n + 4 * LANES <= V; n += 4 * LANES) {
+    const Vec x[4] = {load(s + n), load(s + n + LANES), load(s + n + 2 * LANES), load(s + n + 3 * LANES)};
+    const Vec most = max(max(x[0], x[1]), max(x[2], x[3]));
+    if (any(most > limit)) raise(most);
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) add(x[k], k);
   }
-  const float highest = reduce_max(max(max(most[0], most[1]), max(most[2], most[3])));
-  const Vec offset = finite_max(broadcast(highest));
-#pragma GCC unroll 4
-  for (int k = 0; k < 4; ++k) sums[k] *= exp2_below((most[k] - offset) * broadcast(LOG2_E));
+  for (; n < V; n += LANES) {
+    const Vec x = n + LANES <= V ? load(s + n) : only(First{int(V - n)}, load(s + n, int(V - n)), -INF);
+    if (any(x > limit)) raise(x);
+    add(x, 0);
+  }
   return {highest, log(broadcast(total_of(sums)))[0]};
 }
 
@@ -89,15 +88,16 @@ void gradient(
   const Vec inverse = broadcast(CAP ? 1.f / cap : 0.f);
   // The class's entry apart: where p is close to q the difference of those two is small beside the pull.
   float at_t = 0.f;
-  if (!Q && target.t >= 0) {
+  if (target.t >= 0) {
+    const float spread = Q ? q[target.t] : target.constant;
     const float score = load_one(s + target.t);
     const float p = exp2_below(broadcast((score - row.highest) * LOG2_E - row.log_sum * LOG2_E))[0];
-    at_t = ((target.total * p - (target.spike + target.constant)) + pull * p) * factor;
+    at_t = ((target.total * p - (target.spike + spread)) + pull * p) * factor;
     if (CAP) at_t *= 1.f - (score / cap) * (score / cap);
   }
   for_columns<4>(V, [&](int64_t n, auto part, int) FASTATTN_LAMBDA {
     const Vec score = load(s + n, part);
-    const Vec p = exp2_below(fma(score - highest, broadcast(LOG2_E), -log_sum));
+    const Vec p = exp2_for(fma(score - highest, broadcast(LOG2_E), -log_sum), T{});
     Vec d = Q ? fma(pull_, p, total * p - load(q + n, part)) : fma(both, p, -constant);
     d *= factor_;
     if (CAP) {
@@ -106,7 +106,7 @@ void gradient(
     }
     store(dx + n, d, part);
   });
-  if (!Q && target.t >= 0) store_one(dx + target.t, at_t);
+  if (target.t >= 0) store_one(dx + target.t, at_t);
 }
 
 // s (V,) = softcap · tanh(x / softcap)
@@ -118,16 +118,15 @@ void cap_scores(const T* x, float* s, float cap, int64_t V) {
   });
 }
 
-// q (V,) from probabilities or from class t; returns Σ q
+// q (V,) of probabilities, or what a class spreads over all; returns Σ q
 template <class Y>
-float load_q(const CrossEntropy& p, const Y* y, const Target& target, float* q) {
+float load_q(const CrossEntropy& p, const Y* y, float* q) {
   const Vec keep = broadcast(1.f - p.smoothing), spread = broadcast(p.smoothing / (float)p.V);
   for_columns<1>(p.V, [&](int64_t n, auto part, int) FASTATTN_LAMBDA {
     Vec v = y == nullptr ? spread : fma(load(y + n, part), keep, spread);
     if (p.weight != nullptr) v *= load(p.weight + n, part);
     store(q + n, v, part);
   });
-  if (target.t >= 0) q[target.t] += target.spike;
   Vec sums[SUMS] = {};
   for_columns<SUMS>(p.V, [&](int64_t n, auto part, int k) FASTATTN_LAMBDA { sums[k] += load(q + n, part); });
   return total_of(sums);
@@ -176,11 +175,11 @@ float finish_row(
   const float lse = row.highest + row.log_sum;
   float loss = target.poison;
   if (known == nullptr) {
+    if (target.t >= 0) loss -= target.spike * ((load_one(s + target.t) - row.highest) - row.log_sum);
     if (q != nullptr) {
       loss -= sum_log_p<true>(s, q, row, V);
-    } else {
-      if (target.t >= 0) loss -= target.spike * ((load_one(s + target.t) - row.highest) - row.log_sum);
-      if (target.constant != 0.f) loss -= target.constant * sum_log_p<false>(s, nullptr, row, V);
+    } else if (target.constant != 0.f) {
+      loss -= target.constant * sum_log_p<false>(s, nullptr, row, V);
     }
     if (p.z_loss != 0.f) loss += p.z_loss * lse * lse;
   }
@@ -215,7 +214,8 @@ float one_row(
     q = room + width;
     with_type(p.q.type, [&](auto type) FASTATTN_LAMBDA {
       using Y = decltype(type);
-      target.total = load_q<Y>(p, p.q.data == nullptr ? nullptr : row_of<const Y>(p.q, place), target, room + width);
+      const Y* y = p.q.data == nullptr ? nullptr : row_of<const Y>(p.q, place);
+      target.total = target.spike + load_q(p, y, room + width);
     });
   }
   if (p.softcap == 0.f) return finish_row<false, T, T>(p, i, place, x, q, target, statistics_out, known);

@@ -11,9 +11,27 @@ FASTATTN_INLINE Vec exp2_below(Vec x) {
   return scale_by_power(exp2_fraction(x - n), n);
 }
 
-// e^d of the difference d to a maximum: within 2 ulp for what is stored as fp32, within d · 2^-24 otherwise
+// The same within 1e-4, less than a rounding to bf16
+FASTATTN_INLINE Vec exp2_roughly(Vec x) {
+  x = max(broadcast(-200.f), x);
+  const Vec n = round_even(x);
+  return scale_by_power(polynomial(x - n, 5.500874572e-2f, 2.422107565e-1f, 6.932829248e-1f, 1.f), n);
+}
+
+// e^d of the difference d to a maximum, as accurate as what is stored as T needs: within 2 ulp for fp32, d · 2^-24 for
+// fp16, 1e-4 for bf16
 FASTATTN_INLINE Vec exp_for(Vec d, float) { return exp(d); }
+FASTATTN_INLINE Vec exp_for(Vec d, fp16) { return exp2_below(d * broadcast(LOG2_E)); }
+FASTATTN_INLINE Vec exp_for(Vec d, bf16) { return exp2_roughly(d * broadcast(LOG2_E)); }
+
+// The same for any d; inf where it overflows
+FASTATTN_INLINE Vec exp_of(Vec d, float) { return exp(d); }
 template <class T>
-FASTATTN_INLINE Vec exp_for(Vec d, T) { return exp2_below(d * broadcast(LOG2_E)); }
+FASTATTN_INLINE Vec exp_of(Vec d, T) { return exp_for(min(broadcast(150.f), d), T{}); }
+
+// 2^x, x <= 0, for what is stored as T
+template <class T>
+FASTATTN_INLINE Vec exp2_for(Vec x, T) { return exp2_below(x); }
+FASTATTN_INLINE Vec exp2_for(Vec x, bf16) { return exp2_roughly(x); }
 
 }  // namespace fastattn::FASTATTN_ISA

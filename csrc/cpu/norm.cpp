@@ -2,7 +2,8 @@
 // LayerNorm   x̂ = (h - mean) · rstd      rstd = 1 / sqrt(var + eps)             y = x̂ · weight + bias
 // RMSNorm     x̂ = h · rstd               rstd = 1 / sqrt(mean_n(h²) + eps)      y = x̂ · (weight_offset + weight)
 //
-// A row is read once and kept as fp32. The variance is a sum of squares about the mean, never E[h²] - E[h]².
+// The variance is a sum of squares about a number close to the mean, never E[h²] - E[h]²: first about the mean of the
+// row's beginning, and only where that turns out to be far off, once more about the mean itself.
 #include "norm.h"
 
 #include "norm_parameters.h"
@@ -14,16 +15,10 @@ struct Moments {
   float mean, rstd;
 };
 
-// row (N,) = x; Σ x or, of RMSNorm, Σ x². fp32 is read where it lies.
-template <bool RMS, class X>
-float load_row(const X* x, float* row, int64_t N) {
-  Vec sums[SUMS] = {};
-  for_columns<SUMS>(N, [&](int64_t n, auto part, int k) FASTATTN_LAMBDA {
-    const Vec v = load(x + n, part);
-    if constexpr (sizeof(X) < 4) store(row + n, v);
-    sums[k] = RMS ? fma(v, v, sums[k]) : sums[k] + v;
-  });
-  return total_of(sums);
+// row (N,) = x
+template <class X>
+void load_row(const X* x, float* row, int64_t N) {
+  for_columns<4>(N, [&](int64_t n, auto part, int) FASTATTN_LAMBDA { store(row + n, load(x + n, part)); });
 }
 
 // row (N,) = h = residual + dropout(x); DROP: row i of the matrix
@@ -39,53 +34,63 @@ void load_sum(const X* x, const H* residual, H* h, float* row, int64_t N, int64_
   });
 }
 
-// Of Σ h or, of RMSNorm, Σ h²
-template <bool RMS>
-Moments moments(const float* row, int64_t N, float sum, float eps) {
+struct Sums {
+  float mean, squares;  // about the mean
+};
+
+// Of h about a number `centre`; `off` is how far that is from the mean
+template <class H>
+Sums sums_about(const H* h, int64_t N, float centre, float& off) {
+  Vec errors[SUMS] = {}, parts[SUMS] = {};
+  for_columns<SUMS>(N, [&](int64_t n, auto part, int k) FASTATTN_LAMBDA {
+    const Vec centred = only(part, load(h + n, part) - broadcast(centre));
+    errors[k] += centred;
+    parts[k] = fma(centred, centred, parts[k]);
+  });
+  off = total_of(errors) / (float)N;
+  return {centre + off, total_of(parts) - off * off * (float)N};
+}
+
+template <bool RMS, class H>
+Moments moments(const H* h, int64_t N, float eps) {
   const float count = (float)N;
-  float mean = 0.f, squares = sum;
-  if (!RMS) {
-    mean = sum / count;
-    Vec errors[SUMS] = {}, parts[SUMS] = {};
+  if (RMS) {
+    Vec parts[SUMS] = {};
     for_columns<SUMS>(N, [&](int64_t n, auto part, int k) FASTATTN_LAMBDA {
-      const Vec centred = only(part, load(row + n, part) - broadcast(mean));
-      errors[k] += centred;
-      parts[k] = fma(centred, centred, parts[k]);
+      const Vec v = load(h + n, part);
+      parts[k] = fma(v, v, parts[k]);
     });
-    // The mean was rounded at the size of Σ h, which may dwarf the spread of h; this is what it is off by.
-    const float error = total_of(errors) / count;
-    mean += error;
-    squares = total_of(parts) - error * error * count;
+    return {0.f, 1.f / __builtin_sqrtf(total_of(parts) / count + eps)};
   }
-  return {mean, 1.f / __builtin_sqrtf(squares / count + eps)};
+  const int64_t beginning = smaller<int64_t>(N, 4 * LANES);
+  Vec begun{};
+  for_columns<1>(beginning, [&](int64_t n, auto part, int) FASTATTN_LAMBDA { begun += load(h + n, part); });
+  float off;
+  Sums sums = sums_about(h, N, reduce_sum(begun) / (float)beginning, off);
+  // Their difference was one of numbers up to 1¼ times as large; or NaN, for which nothing helps.
+  if (off * off * count > 0.25f * sums.squares) sums = sums_about(h, N, sums.mean, off);
+  return {sums.mean, 1.f / __builtin_sqrtf(sums.squares / count + eps)};
 }
 
 // y = x̂ · weight + bias
-template <class Y>
-void store_row(Y* y, const float* row, Moments m, const float* weight, const float* bias, int64_t N) {
+template <class H, class Y>
+void store_row(Y* y, const H* h, Moments m, const float* weight, const float* bias, int64_t N) {
   const Vec mean = broadcast(m.mean), rstd = broadcast(m.rstd);
   for_columns<4>(N, [&](int64_t n, auto part, int) FASTATTN_LAMBDA {
-    const Vec x_hat = (load(row + n, part) - mean) * rstd;
+    const Vec x_hat = (load(h + n, part) - mean) * rstd;
     store(y + n, fma(x_hat, load(weight + n, part), load(bias + n, part)), part);
   });
 }
 
-template <bool RMS>
-Moments forward_row(const NormForward& p, int64_t i, float* room, const float* weight, const float* bias) {
-  const Place place = place_of(p.rows, i);
-  const float* row = room;
-  float sum = 0.f;
+// h of row i into `room` (N,), and as a tensor if there is a residual
+void load_h(const NormForward& p, int64_t i, Place place, float* room) {
   with_type(p.x.type, [&](auto x_type) FASTATTN_LAMBDA {
     using X = decltype(x_type);
-    const X* x = row_of<X>(p.x, place);
-    if (p.residual.data == nullptr) {
-      sum = load_row<RMS>(x, room, p.N);
-      if constexpr (sizeof(X) == 4) row = x;
-      return;
-    }
+    const X* x = row_of<const X>(p.x, place);
+    if (p.residual.data == nullptr) return load_row(x, room, p.N);
     with_type(p.h.type, [&](auto h_type) FASTATTN_LAMBDA {
       using H = decltype(h_type);
-      const H* residual = row_of<H>(p.residual, place);
+      const H* residual = row_of<const H>(p.residual, place);
       H* h = row_of<H>(p.h, place);
       if (p.dropout.seed == nullptr) {
         load_sum<false>(x, residual, h, room, p.N, i, p.dropout);
@@ -93,11 +98,26 @@ Moments forward_row(const NormForward& p, int64_t i, float* room, const float* w
         load_sum<true>(x, residual, h, room, p.N, i, p.dropout);
       }
     });
-    sum = load_row<RMS>(room, room, p.N);
   });
-  const Moments m = moments<RMS>(row, p.N, sum, p.eps);
+}
+
+template <bool RMS>
+Moments forward_row(const NormForward& p, int64_t i, float* room, const float* weight, const float* bias) {
+  const Place place = place_of(p.rows, i);
+  Moments m;
+  if (p.residual.data == nullptr && p.x.type == p.y.type) {
+    with_type(p.x.type, [&](auto type) FASTATTN_LAMBDA {
+      using X = decltype(type);
+      const X* x = row_of<const X>(p.x, place);
+      m = moments<RMS>(x, p.N, p.eps);
+      store_row(row_of<X>(p.y, place), x, m, weight, bias, p.N);
+    });
+    return m;
+  }
+  load_h(p, i, place, room);
+  m = moments<RMS>(room, p.N, p.eps);
   with_type(p.y.type, [&](auto type) FASTATTN_LAMBDA {
-    store_row(row_of<decltype(type)>(p.y, place), row, m, weight, bias, p.N);
+    store_row(row_of<decltype(type)>(p.y, place), room, m, weight, bias, p.N);
   });
   return m;
 }

@@ -63,11 +63,15 @@ FASTATTN_INLINE Angles angles_of(const Rotary& p, int64_t b, int64_t position, f
   const float* sin = p.sin + b * p.table_batch + position * p.half;
   if (known && !p.interleaved) return {cos, sin};
   const int64_t R = 2 * p.half;
-  for (int64_t r = 0; r < R; ++r) {
-    const int64_t i = p.interleaved ? r / 2 : r % p.half;
-    const float sign = (r % 2 == 0) == p.inverse ? 1.f : -1.f;
-    room[r] = known ? cos[i] : __builtin_nanf("");
-    room[R + r] = known ? (p.interleaved ? sign * sin[i] : sin[i]) : __builtin_nanf("");
+  if (!known) {
+    for (int64_t r = 0; r < 2 * R; ++r) room[r] = __builtin_nanf("");
+    return {room, room + R};
+  }
+  const float sign = p.inverse ? -1.f : 1.f;
+  for (int64_t i = 0; i < p.half; ++i) {
+    room[2 * i] = room[2 * i + 1] = cos[i];
+    room[R + 2 * i] = -sign * sin[i];
+    room[R + 2 * i + 1] = sign * sin[i];
   }
   return {room, room + R};
 }

@@ -6,7 +6,7 @@
 //
 // An entry is visible where the mask is true and, if causal, where j <= i + shift. What a hidden entry holds is never
 // computed with, nor is a column read that no row sees. A row without visible entries is 0 (log: -inf); one whose
-// visible entries are all -inf is NaN there. A row is read once and kept as fp32.
+// visible entries are all -inf is NaN there. A row comes from memory once and then from the cache.
 #include "softmax.h"
 
 #include "exponential.h"
@@ -45,42 +45,44 @@ FASTATTN_INLINE void fill(T* y, float value, int64_t first, int64_t last) {
   });
 }
 
-// s (N,) = scale · x, -inf where hidden; their maximum, which passes over NaN
+// s = scale · x in columns n …, -inf where hidden
+template <bool MASK, class T, class Part>
+FASTATTN_INLINE Vec score(const T* x, const uint8_t* mask, int64_t n, Vec scale, Part part) {
+  const Vec s = load(x + n, part) * scale;
+  return MASK ? select(seen(mask, n, part), s, broadcast(-INF)) : s;
+}
+
+// max s, which passes over NaN. s is kept (N,) if it was masked, which is worth doing once.
 template <bool MASK, class T>
-FASTATTN_INLINE float load_scores(const T* x, const uint8_t* mask, float* s, float scale, int64_t N) {
+FASTATTN_INLINE float highest_score(const T* x, const uint8_t* mask, float* s, Vec scale, int64_t N) {
   Vec most[4];
   for (Vec& m : most) m = broadcast(-INF);
   for_columns<4>(N, [&](int64_t n, auto part, int k) FASTATTN_LAMBDA {
-    Vec v = load(x + n, part) * broadcast(scale);
-    if (MASK) v = select(seen(mask, n, part), v, broadcast(-INF));
-    store(s + n, v);
+    const Vec v = score<MASK>(x, mask, n, scale, part);
+    if (MASK) store(s + n, v);
     most[k] = max(most[k], only(part, v, -INF));
   });
   return reduce_max(max(max(most[0], most[1]), max(most[2], most[3])));
 }
 
-// e (N,) = exp(s - highest), unless LOG; their sum
-template <bool LOG, class T>
-FASTATTN_INLINE float exponentials(float* s, float highest, int64_t N) {
+template <bool LOG, bool MASK, class T>
+void forward_row(T* y, const T* x, const uint8_t* mask, float* s, float scale_, int64_t N) {
+  const Vec scale = broadcast(scale_);
+  const Vec highest = broadcast(highest_score<MASK>(x, mask, s, scale, N));
   Vec sums[SUMS] = {};
   for_columns<SUMS>(N, [&](int64_t n, auto part, int k) FASTATTN_LAMBDA {
-    const Vec e = exp_for(load(s + n, part) - broadcast(highest), T{});
+    const Vec v = MASK ? load(s + n, part) : score<false>(x, nullptr, n, scale, part);
+    const Vec e = exp_for(v - highest, T{});
     if (!LOG) store(s + n, e);
     sums[k] += only(part, e);
   });
-  return total_of(sums);
-}
-
-template <bool LOG, bool MASK, class T>
-void forward_row(T* y, const T* x, const uint8_t* mask, float* s, float scale, int64_t N) {
-  const float highest = load_scores<MASK>(x, mask, s, scale, N);
-  const float sum = exponentials<LOG, T>(s, highest, N);
-  const Vec offset = broadcast(highest), log_sum = LOG ? log(broadcast(sum)) : Vec{}, by = broadcast(1.f / sum);
+  const float sum = total_of(sums);
+  const Vec log_sum = LOG ? log(broadcast(sum)) : Vec{}, by = broadcast(1.f / sum);
   // Where the row is not finite, what is hidden is so by its mask alone.
   const bool finite = sum - sum == 0.f;
   for_columns<4>(N, [&](int64_t n, auto part, int) FASTATTN_LAMBDA {
-    Vec v = load(s + n, part);
-    v = LOG ? (v - offset) - log_sum : v * by;
+    Vec v = LOG && !MASK ? score<false>(x, nullptr, n, scale, part) : load(s + n, part);
+    v = LOG ? (v - highest) - log_sum : v * by;
     if (MASK && !finite) v = select(seen(mask, n, part), v, broadcast(LOG ? -INF : 0.f));
     store(y + n, v, part);
   });

@@ -18,47 +18,63 @@
 
 namespace rows {
 
-// What the gradient of a row needs beside its scores.
+// What the gradient of a row needs beside its scores. With e = exp(s - max): p = e / sum.
 struct RowGradient {
   ClassOfRow row;
-  float max, log_sum, total, pull, factor, q_t, q_all;  // total = Σ q, pull = 2 z_loss lse
+  float max;
+  float total, pull;  // of e: Σ q / sum, and 2 z_loss lse / sum
+  float q_t, q_all;
+  float factor;
 
-  __device__ __forceinline__ RowGradient(const CrossEntropy& p, const ClassOfRow& row, float max, float log_sum)
-      : row(row), max(max), log_sum(log_sum), total((1.f - p.smoothing) * row.weight + p.smoothing),
-        pull(2.f * p.z_loss * (max + log_sum)), factor(1.f + row.poison), q_t((1.f - p.smoothing) * row.weight),
-        q_all(p.smoothing / p.walk.N) {
+  __device__ __forceinline__ RowGradient(const CrossEntropy& p, const ClassOfRow& row, float max, float log_sum, float sum)
+      : row(row), max(max), total(((1.f - p.smoothing) * row.weight + p.smoothing) / sum),
+        pull(2.f * p.z_loss * (max + log_sum) / sum), q_t((1.f - p.smoothing) * row.weight),
+        q_all(p.smoothing / p.walk.N), factor(1.f + row.poison) {
     if (p.divisor) factor /= *p.divisor;
   }
 
   // dx of a pack whose scores are s.
   template <bool SOFTCAP, int E>
   __device__ __forceinline__ void of(float (&dx)[E], const float (&s)[E], int n0, float softcap) const {
+    float exp_s[E];
 #pragma unroll
     for (int i = 0; i < E; ++i) {
-      const float prob = exponential((s[i] - max) - log_sum);
-      const float q = n0 + i == row.t ? q_t + q_all : q_all;
-      // pull apart from total: where p is close to q the difference of those two is small
-      dx[i] = ((total * prob - q) + pull * prob) * factor;
-      if constexpr (SOFTCAP) dx[i] *= softcap_slope(s[i], softcap);
-      if (!row.counts) dx[i] = 0.f;
+      exp_s[i] = exponential(s[i] - max);
+      dx[i] = fmaf(total, exp_s[i], -q_all);
     }
+    if (row.t >= n0 && row.t < n0 + E) {
+#pragma unroll
+      for (int i = 0; i < E; ++i)
+        if (n0 + i == row.t) dx[i] = fmaf(total, exp_s[i], -(q_all + q_t));
+    }
+    // pull apart from total: where p is close to q the difference of those two is small
+#pragma unroll
+    for (int i = 0; i < E; ++i) dx[i] = fmaf(pull, exp_s[i], dx[i]) * factor;
+    if constexpr (SOFTCAP) {
+#pragma unroll
+      for (int i = 0; i < E; ++i) dx[i] *= softcap_slope(s[i], softcap);
+    }
+    if (row.counts) return;
+#pragma unroll
+    for (int i = 0; i < E; ++i) dx[i] = 0.f;
   }
 };
 
 // Scores of a pack; -inf outside of the row.
-template <bool SOFTCAP, class T, int E>
+template <bool SOFTCAP, bool WHOLE, class T, int E>
 __device__ __forceinline__ void scores(float (&s)[E], const Pack<T, E>& x, int n0, int N, float softcap) {
-  const uint32_t inside = bits_inside<E>(n0, N);
+  const Inside<E, WHOLE> inside(n0, N);
 #pragma unroll
   for (int i = 0; i < E; ++i) {
     s[i] = x[i];
     if constexpr (SOFTCAP) s[i] = softcapped(s[i], softcap);
-    if (!(inside >> i & 1)) s[i] = -INF;
+    if (!inside[i]) s[i] = -INF;
   }
 }
 
-template <class T, bool SOFTCAP, class Planted = NoBugs>
-__global__ void __launch_bounds__(SOFTCAP ? SUMMING_RESIDENT : RESIDENT, 1)
+// WHOLE: every pack is inside of its row or beyond it, and every matrix is aligned.
+template <class T, bool SOFTCAP, bool WHOLE, class Planted = NoBugs>
+__global__ void __launch_bounds__(WHOLE && !SOFTCAP ? LEAN_RESIDENT : RESIDENT, 1)
 cross_entropy_forward_kernel(const __grid_constant__ CrossEntropy p) {
   constexpr int E = PACK<T>, PACKS = FORWARD_BYTES / 16;
   Team<Planted> team(p.walk);
@@ -66,7 +82,7 @@ cross_entropy_forward_kernel(const __grid_constant__ CrossEntropy p) {
   for (int64_t first = team.first_row(); first < p.walk.M; first += team.row_step()) {
     const Place at = locate(p.walk, first + team.group);
     const T* x_row = row_of<T>(p.logits, at);
-    const int shift = shift_of(p.walk, x_row);
+    const int shift = WHOLE ? 0 : shift_of(p.walk, x_row);
     const int64_t target = at.exists ? load_target(p.target, p.target_64, offset(at, p.target_step)) : 0;
     const ClassOfRow row = ClassOfRow::of<T>(p, target, at.exists, p.walk.N);
     const int N = row.counts ? p.walk.N : 0, columns = at.exists ? p.walk.N : 0;  // to be read, and to be written
@@ -74,7 +90,7 @@ cross_entropy_forward_kernel(const __grid_constant__ CrossEntropy p) {
     const auto read = [&](int c) {
 #pragma unroll
       for (int v = 0; v < PACKS; ++v)
-        x.pack[v] = load<T, E, Read::Coherent>(x_row, pack_begin<E, PACKS>(team, c, v, shift), N, p.logits.wide);
+        x.pack[v] = load<T, E, Read::Coherent, WHOLE>(x_row, pack_begin<E, PACKS>(team, c, v, shift), N, p.logits.wide);
     };
 
     // Pass 1: maximum, sum, and the score of the class
@@ -85,8 +101,9 @@ cross_entropy_forward_kernel(const __grid_constant__ CrossEntropy p) {
 #pragma unroll
       for (int v = 0; v < PACKS; ++v) {
         const int n0 = pack_begin<E, PACKS>(team, c, v, shift);
+        if (n0 >= N) continue;
         float s[E];
-        scores<SOFTCAP>(s, x.pack[v], n0, N, p.softcap);
+        scores<SOFTCAP, WHOLE>(s, x.pack[v], n0, N, p.softcap);
         scan.add(s);
         if (row.t >= n0 && row.t < n0 + E) {
 #pragma unroll
@@ -98,7 +115,7 @@ cross_entropy_forward_kernel(const __grid_constant__ CrossEntropy p) {
     scan = team.reduce(scan);
     x.hold();
     const float log_sum = logf(scan.sum()), lse = scan.max() + log_sum;
-    RowGradient gradient(p, row, scan.max(), log_sum);
+    RowGradient gradient(p, row, scan.max(), log_sum, scan.sum());
     if (p.dloss.data && at.exists) gradient.factor *= load_number<T>(p.dloss, at);
     float loss = row.poison - gradient.q_t * ((scan.at() - scan.max()) - log_sum);
 
@@ -111,17 +128,18 @@ cross_entropy_forward_kernel(const __grid_constant__ CrossEntropy p) {
 #pragma unroll
         for (int v = 0; v < PACKS; ++v) {
           const int n0 = pack_begin<E, PACKS>(team, c, v, shift);
+          if (n0 >= columns) continue;
           float s[E], dx[E];
-          scores<SOFTCAP>(s, x.pack[v], n0, N, p.softcap);
-          if (p.smoothing > 0.f) {
-            const uint32_t inside = bits_inside<E>(n0, N);
+          scores<SOFTCAP, WHOLE>(s, x.pack[v], n0, N, p.softcap);
+          if (p.smoothing > 0.f && n0 < N) {
+            const Inside<E, WHOLE> inside(n0, N);
 #pragma unroll
             for (int i = 0; i < E; ++i)
-              if (inside >> i & 1) log_probs.field[0] += (s[i] - scan.max()) - log_sum;
+              if (inside[i]) log_probs.field[0] += (s[i] - scan.max()) - log_sum;
           }
           if (!p.dlogits.data) continue;
           gradient.of<SOFTCAP>(dx, s, n0, p.softcap);
-          store<T, E>(row_of<T>(p.dlogits, at), n0, columns, p.dlogits.wide, dx);
+          store<T, E, WHOLE>(row_of<T>(p.dlogits, at), n0, columns, p.dlogits.wide, dx);
         }
       }
     }
@@ -135,8 +153,8 @@ cross_entropy_forward_kernel(const __grid_constant__ CrossEntropy p) {
   }
 }
 
-template <class T, bool SOFTCAP>
-__global__ void __launch_bounds__(SOFTCAP ? SUMMING_RESIDENT : RESIDENT, 1)
+template <class T, bool SOFTCAP, bool WHOLE>
+__global__ void __launch_bounds__(WHOLE && !SOFTCAP ? LEAN_RESIDENT : RESIDENT, 1)
 cross_entropy_backward_kernel(const __grid_constant__ CrossEntropy p) {
   constexpr int E = PACK<T>, PACKS = FORWARD_BYTES / 16;
   const Team<NoBugs> team(p.walk);
@@ -144,25 +162,26 @@ cross_entropy_backward_kernel(const __grid_constant__ CrossEntropy p) {
     const Place at = locate(p.walk, first + team.group);
     if (!at.exists) continue;
     const T* x_row = row_of<T>(p.logits, at);
-    const int shift = shift_of(p.walk, x_row);
+    const int shift = WHOLE ? 0 : shift_of(p.walk, x_row);
     const int64_t target = load_target(p.target, p.target_64, offset(at, p.target_step));
     const ClassOfRow row = ClassOfRow::of<T>(p, target, true, p.walk.N);
     const int64_t i = offset(at, p.statistics);
-    RowGradient gradient(p, row, row.counts ? p.row_max[i] : 0.f, row.counts ? p.log_sum[i] : 0.f);
+    const float max = row.counts ? p.row_max[i] : 0.f, log_sum = row.counts ? p.log_sum[i] : 0.f;
+    RowGradient gradient(p, row, max, log_sum, expf(log_sum));
     gradient.factor *= load_number<T>(p.dloss, at);
     for (int c = 0; c < p.walk.chunks; ++c) {
       Pack<T, E> x[PACKS];
 #pragma unroll
       for (int v = 0; v < PACKS; ++v)
-        x[v] = load<T, E, Read::Coherent>(
+        x[v] = load<T, E, Read::Coherent, WHOLE>(
             x_row, pack_begin<E, PACKS>(team, c, v, shift), row.counts ? p.walk.N : 0, p.logits.wide);
 #pragma unroll
       for (int v = 0; v < PACKS; ++v) {
         const int n0 = pack_begin<E, PACKS>(team, c, v, shift);
         float s[E], dx[E];
-        scores<SOFTCAP>(s, x[v], n0, p.walk.N, p.softcap);
+        scores<SOFTCAP, WHOLE>(s, x[v], n0, p.walk.N, p.softcap);
         gradient.of<SOFTCAP>(dx, s, n0, p.softcap);
-        store<T, E>(row_of<T>(p.dlogits, at), n0, p.walk.N, p.dlogits.wide, dx);
+        store<T, E, WHOLE>(row_of<T>(p.dlogits, at), n0, p.walk.N, p.dlogits.wide, dx);
       }
     }
   }
@@ -200,19 +219,31 @@ template <class T> static RowProblem problem_of(const Walk& walk, bool keeps) {
   return {walk.N, PACK<T>, FORWARD_BYTES / int(sizeof(T)), keeps ? FORWARD_BYTES : 0, walk.shifted};
 }
 
-void cross_entropy_forward(CrossEntropy p, cudaStream_t stream) {
+static void refuse(const CrossEntropy& p) {
   if (p.weight.data && p.smoothing > 0.f)
     throw std::invalid_argument("cross_entropy: weight and label_smoothing together are not supported by the CUDA kernels");
+  const Dtype dtype = p.logits.dtype;
+  require(p.dlogits, "cross_entropy: dlogits", dtype, dtype);
+  require(p.loss, "cross_entropy: loss", dtype, Dtype::Float32);
+  require(p.dloss, "cross_entropy: dloss", dtype, Dtype::Float32);
+  require(p.weight, "cross_entropy: weight", dtype, Dtype::Float32);
+}
+
+void cross_entropy_forward(CrossEntropy p, cudaStream_t stream) {
+  refuse(p);
   with_dtype(p.logits.dtype, [&](auto zero) {
     using T = decltype(zero);
     for (Matrix* m : {&p.dlogits, &p.logits}) align(*m, PACK<T>);
     shift_unaligned(p.walk, {&p.logits, &p.dlogits});
-    const RowConfig config = choose(problem_of<T>(p.walk, true), limits(cross_entropy_forward_kernel<T, false>));
+    const RowConfig config = choose(problem_of<T>(p.walk, true), limits(cross_entropy_forward_kernel<T, false, false>));
     const LaunchShape shape = shape_of(config, p.walk);
-    with_bugs<T>([&](auto planted) {
-      using Planted = decltype(planted);
-      if (p.softcap > 0.f) launch(cross_entropy_forward_kernel<T, true, Planted>, shape, stream, p);
-      else launch(cross_entropy_forward_kernel<T, false, Planted>, shape, stream, p);
+    with_bool(whole(p.walk, PACK<T>, {&p.dlogits, &p.logits}), [&](auto is_whole) {
+      constexpr bool WHOLE = decltype(is_whole)::value;
+      with_bugs<T>([&](auto planted) {
+        using Planted = decltype(planted);
+        if (p.softcap > 0.f) launch(cross_entropy_forward_kernel<T, true, WHOLE, Planted>, shape, stream, p);
+        else launch(cross_entropy_forward_kernel<T, false, WHOLE, Planted>, shape, stream, p);
+      });
     });
   });
 }
@@ -221,18 +252,23 @@ void cross_entropy_forward(CrossEntropy p, cudaStream_t stream) {
 constexpr RowLimits ALONE{false, REDUCTION_BYTES};
 
 void cross_entropy_backward(CrossEntropy p, cudaStream_t stream) {
-  if (p.weight.data && p.smoothing > 0.f)
-    throw std::invalid_argument("cross_entropy: weight and label_smoothing together are not supported by the CUDA kernels");
+  refuse(p);
   with_dtype(p.logits.dtype, [&](auto zero) {
     using T = decltype(zero);
     for (Matrix* m : {&p.dlogits, &p.logits}) align(*m, PACK<T>);
     shift_unaligned(p.walk, {&p.logits, &p.dlogits});
     const LaunchShape shape = shape_of(choose(problem_of<T>(p.walk, false), ALONE), p.walk);
-    launch(p.softcap > 0.f ? cross_entropy_backward_kernel<T, true> : cross_entropy_backward_kernel<T, false>, shape, stream, p);
+    with_bool(whole(p.walk, PACK<T>, {&p.dlogits, &p.logits}), [&](auto is_whole) {
+      constexpr bool WHOLE = decltype(is_whole)::value;
+      if (p.softcap > 0.f) launch(cross_entropy_backward_kernel<T, true, WHOLE>, shape, stream, p);
+      else launch(cross_entropy_backward_kernel<T, false, WHOLE>, shape, stream, p);
+    });
   });
 }
 
 void scale_rows(ScaleRows p, cudaStream_t stream) {
+  require(p.out, "scale_rows: out", p.x.dtype, p.x.dtype);
+  require(p.factor, "scale_rows: factor", p.x.dtype, Dtype::Float32);
   with_dtype(p.x.dtype, [&](auto zero) {
     using T = decltype(zero);
     for (Matrix* m : {&p.out, &p.x}) align(*m, PACK<T>);

@@ -23,55 +23,61 @@
 namespace rows {
 
 // Pack of a vector, whose dtype is T or fp32, as fp32.
-template <class T, int E>
+template <class T, bool WHOLE, int E>
 __device__ __forceinline__ void load_vector(float (&out)[E], const Vector& v, int n0, int N) {
   if (v.dtype == Dtype::Float32) {
-    const auto pack = load<float, E, Read::Constant>(static_cast<const float*>(v.data), n0, N, v.wide);
+    const auto pack = load<float, E, Read::Constant, WHOLE>(static_cast<const float*>(v.data), n0, N, v.wide);
 #pragma unroll
     for (int i = 0; i < E; ++i) out[i] = pack[i];
   } else if constexpr (sizeof(T) == 2) {
-    const auto pack = load<T, E, Read::Constant>(static_cast<const T*>(v.data), n0, N, v.wide);
+    const auto pack = load<T, E, Read::Constant, WHOLE>(static_cast<const T*>(v.data), n0, N, v.wide);
 #pragma unroll
     for (int i = 0; i < E; ++i) out[i] = pack[i];
   }
 }
 
 // y, or another output of a dtype that is T or fp32.
-template <class T, int E>
+template <class T, bool WHOLE, int E>
 __device__ __forceinline__ void store_row(const Matrix& m, const Place& at, int n0, int N, const float (&value)[E]) {
-  if (m.dtype == Dtype::Float32) store<float, E>(row_of<float>(m, at), n0, N, m.wide, value);
-  else if constexpr (sizeof(T) == 2) store<T, E>(row_of<T>(m, at), n0, N, m.wide, value);
+  if (m.dtype == Dtype::Float32) store<float, E, WHOLE>(row_of<float>(m, at), n0, N, m.wide, value);
+  else if constexpr (sizeof(T) == 2) store<T, E, WHOLE>(row_of<T>(m, at), n0, N, m.wide, value);
 }
 
 // Count, mean and squares of this thread's part of a chunk.
-template <class H, int E, int PACKS, class Planted>
+template <bool WHOLE, class H, int E, int PACKS, class Planted>
 __device__ __forceinline__ Moments chunk_moments(const Chunk<H, E, PACKS, Planted>& h, const Team<Planted>& team, int c, int N) {
   float sum = 0.f, count = 0.f;
 #pragma unroll
   for (int v = 0; v < PACKS; ++v) {
     const int n0 = pack_begin<E, PACKS>(team, c, v, 0);
-    count += static_cast<float>(n0 + E <= N ? E : n0 < N ? N - n0 : 0);
+    if (n0 >= N) continue;
+    count += WHOLE || n0 + E <= N ? float(E) : float(N - n0);
 #pragma unroll
     for (int i = 0; i < E; ++i) sum += h.pack[v][i];
   }
-  const float mean = count > 0.f ? sum / count : 0.f;
+  if (count == 0.f) return {{0.f, 0.f, 0.f}};
+  const float share = ptx::rcp_approx(count), mean = sum * share;
   float squares = 0.f, error = 0.f;  // the mean was rounded at the size of Σ h, which may dwarf the spread of h
 #pragma unroll
   for (int v = 0; v < PACKS; ++v) {
-    const uint32_t inside = bits_inside<E>(pack_begin<E, PACKS>(team, c, v, 0), N);
+    const int n0 = pack_begin<E, PACKS>(team, c, v, 0);
+    if (n0 >= N) continue;
+    const Inside<E, WHOLE> inside(n0, N);
 #pragma unroll
     for (int i = 0; i < E; ++i) {
-      const float centred = inside >> i & 1 ? h.pack[v][i] - mean : 0.f;
+      const float centred = inside[i] ? h.pack[v][i] - mean : 0.f;
       error += centred;
       squares += centred * centred;
     }
   }
-  error = count > 0.f ? error / count : 0.f;
+  error *= share;
   return {{count, mean + error, squares - error * error * count}};
 }
 
-template <class X, class H, class Planted = NoBugs>
-__global__ void __launch_bounds__(RESIDENT) norm_forward_kernel(const __grid_constant__ NormForward p) {
+// WHOLE: every pack is inside of its row or beyond it, and every tensor is aligned.
+template <class X, class H, bool WHOLE, class Planted = NoBugs>
+__global__ void __launch_bounds__(WHOLE ? LEAN_RESIDENT : RESIDENT, 1)
+norm_forward_kernel(const __grid_constant__ NormForward p) {
   constexpr int E = PACK<X>, PACKS = FORWARD_BYTES / int(sizeof(H)) / E;
   Team<Planted> team(p.walk);
   const int last = p.walk.chunks - 1;
@@ -86,14 +92,14 @@ __global__ void __launch_bounds__(RESIDENT) norm_forward_kernel(const __grid_con
       if (!p.residual.data) {
 #pragma unroll
         for (int v = 0; v < PACKS; ++v)
-          h.pack[v] = load<H, E, Read::Streaming>(row_of<H>(p.x, at), pack_begin<E, PACKS>(team, c, v, 0), N, p.x.wide);
+          h.pack[v] = load<H, E, Read::Streaming, WHOLE>(row_of<H>(p.x, at), pack_begin<E, PACKS>(team, c, v, 0), N, p.x.wide);
       } else {
         Pack<X, E> x[PACKS];
 #pragma unroll
         for (int v = 0; v < PACKS; ++v) {
           const int n0 = pack_begin<E, PACKS>(team, c, v, 0);
-          x[v] = load<X, E, Read::Streaming>(row_of<X>(p.x, at), n0, N, p.x.wide);
-          h.pack[v] = load<H, E, Read::Streaming>(row_of<H>(p.residual, at), n0, N, p.residual.wide);
+          x[v] = load<X, E, Read::Streaming, WHOLE>(row_of<X>(p.x, at), n0, N, p.x.wide);
+          h.pack[v] = load<H, E, Read::Streaming, WHOLE>(row_of<H>(p.residual, at), n0, N, p.residual.wide);
         }
 #pragma unroll
         for (int v = 0; v < PACKS; ++v) {
@@ -101,7 +107,7 @@ __global__ void __launch_bounds__(RESIDENT) norm_forward_kernel(const __grid_con
 #pragma unroll
           for (int i = 0; i < E; ++i) sum[i] = h.pack[v][i] + x[v][i];
           h.pack[v] = to_pack<H, E>(sum);
-          store<H, E>(row_of<H>(p.h, at), pack_begin<E, PACKS>(team, c, v, 0), N, p.h.wide, sum);
+          store<H, E, WHOLE>(row_of<H>(p.h, at), pack_begin<E, PACKS>(team, c, v, 0), N, p.h.wide, sum);
         }
       }
       if (c < last && c < p.walk.kept) h.keep(c);
@@ -111,7 +117,7 @@ __global__ void __launch_bounds__(RESIDENT) norm_forward_kernel(const __grid_con
 #pragma unroll
           for (int i = 0; i < E; ++i) moments.field[2] += h.pack[v][i] * h.pack[v][i];
       } else {
-        moments = Moments::merge(moments, chunk_moments(h, team, c, N));
+        moments = Moments::merge(moments, chunk_moments<WHOLE>(h, team, c, N));
       }
     }
     if (p.rms) moments.field[2] = team.reduce(Sums<1>{{moments.squares()}}).field[0];
@@ -136,39 +142,43 @@ __global__ void __launch_bounds__(RESIDENT) norm_forward_kernel(const __grid_con
         const Matrix& source = p.residual.data ? p.h : p.x;
 #pragma unroll
         for (int v = 0; v < PACKS; ++v)
-          h.pack[v] = load<H, E, Read::Coherent>(row_of<H>(source, at), pack_begin<E, PACKS>(team, c, v, 0), N, source.wide);
+          h.pack[v] = load<H, E, Read::Coherent, WHOLE>(row_of<H>(source, at), pack_begin<E, PACKS>(team, c, v, 0), N, source.wide);
       }
 #pragma unroll
       for (int v = 0; v < PACKS; ++v) {
         const int n0 = pack_begin<E, PACKS>(team, c, v, 0);
-        float y[E], factor[E];
+        if (n0 >= N) continue;
+        float y[E], weight[E], bias[E];
+        if (p.weight.data) load_vector<X, WHOLE>(weight, p.weight, n0, N);
+        if (p.bias.data) load_vector<X, WHOLE>(bias, p.bias, n0, N);
 #pragma unroll
         for (int i = 0; i < E; ++i) y[i] = (h.pack[v][i] - mean) * rstd;
-        if (p.weight.data) {
-          load_vector<X, E>(factor, p.weight, n0, N);
+        if (p.weight.data && p.weight_offset != 0.f) {
 #pragma unroll
-          for (int i = 0; i < E; ++i) y[i] *= p.weight_offset + factor[i];
+          for (int i = 0; i < E; ++i) weight[i] += p.weight_offset;
         }
-        if (p.bias.data) {
-          load_vector<X, E>(factor, p.bias, n0, N);
+        if (p.weight.data && p.bias.data) {
 #pragma unroll
-          for (int i = 0; i < E; ++i) y[i] += factor[i];
+          for (int i = 0; i < E; ++i) y[i] = y[i] * weight[i] + bias[i];
+        } else if (p.weight.data || p.bias.data) {
+#pragma unroll
+          for (int i = 0; i < E; ++i) y[i] = p.weight.data ? y[i] * weight[i] : y[i] + bias[i];
         }
-        store_row<X, E>(p.y, at, n0, N, y);
+        store_row<X, WHOLE>(p.y, at, n0, N, y);
       }
     }
   }
 }
 
 // A pack of a matrix whose dtype is T or fp32, as fp32.
-template <class T, int E>
+template <class T, bool WHOLE, int E>
 __device__ __forceinline__ void load_row(float (&out)[E], const Matrix& m, const Place& at, int n0, int N) {
   if (m.dtype == Dtype::Float32) {
-    const auto pack = load<float, E, Read::Streaming>(row_of<float>(m, at), n0, N, m.wide);
+    const auto pack = load<float, E, Read::Streaming, WHOLE>(row_of<float>(m, at), n0, N, m.wide);
 #pragma unroll
     for (int i = 0; i < E; ++i) out[i] = pack[i];
   } else if constexpr (sizeof(T) == 2) {
-    const auto pack = load<T, E, Read::Streaming>(row_of<T>(m, at), n0, N, m.wide);
+    const auto pack = load<T, E, Read::Streaming, WHOLE>(row_of<T>(m, at), n0, N, m.wide);
 #pragma unroll
     for (int i = 0; i < E; ++i) out[i] = pack[i];
   }
@@ -207,9 +217,9 @@ __device__ __forceinline__ void flush(float* parts, const float (&sum)[PACKS][E]
   }
 }
 
-// ONE_CHUNK: registers hold the row.
-template <class X, class H, bool ONE_CHUNK, class Planted = NoBugs>
-__global__ void __launch_bounds__(SUMMING_RESIDENT) norm_backward_kernel(const __grid_constant__ NormBackward p) {
+// ONE_CHUNK: registers hold the row, and its sums. WHOLE as above.
+template <class X, class H, bool ONE_CHUNK, bool WHOLE, class Planted = NoBugs>
+__global__ void __launch_bounds__(RESIDENT) norm_backward_kernel(const __grid_constant__ NormBackward p) {
   constexpr int E = PACK<X>, PACKS = BACKWARD_ELEMENTS / E;
   Team<Planted> team(p.walk);
   const int last = ONE_CHUNK ? 0 : p.walk.chunks - 1;
@@ -231,8 +241,8 @@ __global__ void __launch_bounds__(SUMMING_RESIDENT) norm_backward_kernel(const _
 #pragma unroll
       for (int v = 0; v < PACKS; ++v) {
         const int n0 = pack_begin<E, PACKS>(team, c, v, 0);
-        h[v] = load<H, E, Read::Streaming>(row_of<H>(p.h, at), n0, N, p.h.wide);
-        load_row<X>(g[v], p.dy, at, n0, N);
+        h[v] = load<H, E, Read::Streaming, WHOLE>(row_of<H>(p.h, at), n0, N, p.h.wide);
+        load_row<X, WHOLE>(g[v], p.dy, at, n0, N);
       }
 #pragma unroll
       for (int v = 0; v < PACKS; ++v)
@@ -243,7 +253,7 @@ __global__ void __launch_bounds__(SUMMING_RESIDENT) norm_backward_kernel(const _
     const auto scale = [&](int c, int v) {
       if (!p.weight.data) return;
       float weight[E];
-      load_vector<X, E>(weight, p.weight, pack_begin<E, PACKS>(team, c, v, 0), N);
+      load_vector<X, WHOLE>(weight, p.weight, pack_begin<E, PACKS>(team, c, v, 0), N);
 #pragma unroll
       for (int i = 0; i < E; ++i) g[v][i] *= p.weight_offset + weight[i];
     };
@@ -292,12 +302,12 @@ __global__ void __launch_bounds__(SUMMING_RESIDENT) norm_backward_kernel(const _
 #pragma unroll
         for (int i = 0; i < E; ++i) total[i] = (g[v][i] - g_mean - x_hat[v][i] * dot_mean) * rstd;
         if (p.dh.data) {
-          const auto dh = load<H, E, Read::Streaming>(row_of<H>(p.dh, at), n0, N, p.dh.wide);
+          const auto dh = load<H, E, Read::Streaming, WHOLE>(row_of<H>(p.dh, at), n0, N, p.dh.wide);
 #pragma unroll
           for (int i = 0; i < E; ++i) total[i] += dh[i];
         }
-        if (p.dx.data) store<X, E>(row_of<X>(p.dx, at), n0, N, p.dx.wide, total);
-        if (p.dresidual.data) store<H, E>(row_of<H>(p.dresidual, at), n0, N, p.dresidual.wide, total);
+        if (p.dx.data) store<X, E, WHOLE>(row_of<X>(p.dx, at), n0, N, p.dx.wide, total);
+        if (p.dresidual.data) store<H, E, WHOLE>(row_of<H>(p.dresidual, at), n0, N, p.dresidual.wide, total);
       }
     }
   }
@@ -344,28 +354,37 @@ template <class F> static void with_dtypes(Dtype x, Dtype h, F f) {
 }
 
 void norm_forward(NormForward p, cudaStream_t stream) {
+  const Dtype x = p.x.dtype;
+  require(p.y, "norm: y", x, Dtype::Float32);
+  require(p.weight, "norm: weight", x, Dtype::Float32);
+  require(p.bias, "norm: bias", x, Dtype::Float32);
+  require(p.residual, "norm: residual", x, Dtype::Float32);
+  require(p.h, "norm: h", p.residual.dtype, p.residual.dtype);
   with_dtypes(p.x.dtype, p.residual.data ? p.residual.dtype : p.x.dtype, [&](auto x_zero, auto h_zero) {
     using X = decltype(x_zero);
     using H = decltype(h_zero);
     constexpr int E = PACK<X>;
     const RowProblem problem{p.walk.N, E, FORWARD_BYTES / int(sizeof(H)), FORWARD_BYTES};
-    const RowConfig config = choose(problem, limits(norm_forward_kernel<X, H>));
+    const RowConfig config = choose(problem, limits(norm_forward_kernel<X, H, false>));
     for (Matrix* m : {&p.y, &p.h, &p.x, &p.residual}) align(*m, E);
     for (Vector* v : {&p.weight, &p.bias}) align(*v, E);
     const LaunchShape shape = shape_of(config, p.walk);
-    with_bugs<X>([&](auto planted) { launch(norm_forward_kernel<X, H, decltype(planted)>, shape, stream, p); });
+    with_bool(whole(p.walk, E, {&p.y, &p.h, &p.x, &p.residual}, {&p.weight, &p.bias}), [&](auto is_whole) {
+      constexpr bool WHOLE = decltype(is_whole)::value;
+      with_bugs<X>([&](auto planted) { launch(norm_forward_kernel<X, H, WHOLE, decltype(planted)>, shape, stream, p); });
+    });
   });
 }
 
 template <class X, class H> static RowConfig backward_config(int N) {
   constexpr int E = PACK<X>;
-  RowConfig config = choose({N, E, BACKWARD_ELEMENTS, 0}, limits(norm_backward_kernel<X, H, true>));
+  RowConfig config = choose({N, E, BACKWARD_ELEMENTS, 0}, limits(norm_backward_kernel<X, H, true, false>));
   if (config.rows_per_cta() > 1) config.shared_bytes += config.threads * BACKWARD_ELEMENTS * 4;  // of `flush`
   return config;
 }
 
 static int parts_of(const RowConfig& config, int M) {
-  const int at_once = std::max(1, sm_count() * (SUMMING_RESIDENT / config.threads) / config.cluster);
+  const int at_once = std::max(1, sm_count() * (RESIDENT / config.threads) / config.cluster);
   return std::max(1, std::min((M + config.rows_per_cta() - 1) / config.rows_per_cta(), at_once));
 }
 
@@ -378,6 +397,12 @@ int norm_backward_parts(int M, int N, Dtype x, Dtype h) {
 }
 
 void norm_backward(NormBackward p, Dtype x, const Vector& dweight, const Vector& dbias, cudaStream_t stream) {
+  require(p.dx, "norm: dx", x, x);
+  require(p.dy, "norm: dy", x, Dtype::Float32);
+  require(p.h, "norm: h", x, Dtype::Float32);
+  require(p.weight, "norm: weight", x, Dtype::Float32);
+  require(p.dresidual, "norm: dresidual", p.h.dtype, p.h.dtype);
+  require(p.dh, "norm: dh", p.h.dtype, p.h.dtype);
   with_dtypes(x, p.h.dtype, [&](auto x_zero, auto h_zero) {
     using X = decltype(x_zero);
     using H = decltype(h_zero);
@@ -388,10 +413,12 @@ void norm_backward(NormBackward p, Dtype x, const Vector& dweight, const Vector&
     LaunchShape shape = shape_of(config, p.walk);
     const int P = parts_of(config, p.walk.M);
     if (sums) shape.grid.x = P * config.cluster;
+    const bool lean = config.chunks == 1 && whole(p.walk, PACK<X>, {&p.dx, &p.dresidual, &p.dy, &p.h, &p.dh}, {&p.weight});
     with_bugs<X>([&](auto planted) {
       using Planted = decltype(planted);
-      if (config.chunks == 1) launch(norm_backward_kernel<X, H, true, Planted>, shape, stream, p);
-      else launch(norm_backward_kernel<X, H, false, Planted>, shape, stream, p);
+      if (lean) launch(norm_backward_kernel<X, H, true, true, Planted>, shape, stream, p);
+      else if (config.chunks == 1) launch(norm_backward_kernel<X, H, true, false, Planted>, shape, stream, p);
+      else launch(norm_backward_kernel<X, H, false, false, Planted>, shape, stream, p);
     });
     launch_sum_parts(dweight, p.dweight_parts, P, p.walk.N, stream);
     launch_sum_parts(dbias, p.dbias_parts, P, p.walk.N, stream);

@@ -3,6 +3,7 @@
 //   out = Σ_p values_p / divisor            out = Σ_p w_t(p) [t(p) counts]
 //
 // Without atomics: CTA i adds up a slice of the values into partial[i], and one more CTA these, in one order.
+#include <ptx/global.h>
 #include <rows/class_of_row.h>
 #include <rows/cross_entropy.h>
 #include <rows/launch_rows.h>
@@ -31,7 +32,8 @@ __device__ __forceinline__ void store_sum(const Vector& out, float sum) {
 
 template <class Params> __global__ void __launch_bounds__(MAX_THREADS) sum_kernel(const __grid_constant__ Params p) {
   Walk walk;
-  walk.threads_per_row = MAX_THREADS;
+  walk.log_threads = 9;
+  static_assert(MAX_THREADS == 1 << 9, "a CTA is one row");
   Team<NoBugs> team(walk);
   const int64_t slice = (p.P + gridDim.x - 1) / gridDim.x, begin = blockIdx.x * slice;
   const int64_t end = begin + slice < p.P ? begin + slice : p.P;

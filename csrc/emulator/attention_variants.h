@@ -1,5 +1,5 @@
-// The attention forward with another configuration, or with a mistake planted in it: what the tests of the emulator and of
-// the kernel run beside the kernel itself.
+// The attention forward with another configuration, or with a mistake planted in it: what the tests of the emulator
+// and of the kernel run beside the kernel itself.
 #pragma once
 #include <params.h>
 

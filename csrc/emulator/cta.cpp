@@ -106,11 +106,19 @@ dim3 grid_size() { return machine->grid; }
 uint32_t Machine::site(const char* doing, const Where& where) {
   for (size_t i = sites.size(); i-- > 0;)
     if (sites[i].doing == doing && sites[i].where.line == where.line && sites[i].where.file == where.file) return i;
+  if (sites.size() == MAX_SITES) {
+    finding("emulator: too many lines", where, "a kernel may touch shared memory on 4096 lines at most");
+    give_up();
+  }
   sites.push_back({doing, where});
   return sites.size() - 1;
 }
 
 Agent Cluster::add_agent(AgentInfo::Kind kind, Cta* cta, uint32_t which) {
+  if (agents.size() == MAX_AGENTS) {
+    finding("emulator: too many agents", Where(), "threads and mbarriers of a cluster are 65536 at most");
+    give_up();
+  }
   agents.push_back({kind, cta, which});
   return agents.size() - 1;
 }

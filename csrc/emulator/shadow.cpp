@@ -13,8 +13,6 @@ uint8_t covered(uint32_t word, uint32_t address, uint32_t bytes) {
   return static_cast<uint8_t>((1u << end) - (1u << begin));
 }
 
-constexpr uint8_t HALF[2] = {0x3, 0xc};
-
 // What is missing between two accesses that nothing orders.
 const char* missing(AgentInfo::Kind before, bool before_wrote, const AgentInfo::Kind now, bool reading, bool async) {
   using Kind = AgentInfo::Kind;
@@ -65,52 +63,52 @@ bool Shadow::check_against_write(const Word& word, uint32_t address, uint8_t byt
                 " has not filled: no mbarrier_wait for that load comes before");
     return false;
   }
-  for (int half = 0; half < 2; ++half) {
-    const Access& before = word.write[half];
-    if (!(bytes & HALF[half]) || !before.time || !(before.bytes & bytes)) continue;
+  for (int byte = 0; byte < (word.uniform ? 1 : 4); ++byte) {
+    const Access& before = word.write[byte];
+    if (!before.time || (!word.uniform && !(bytes >> byte & 1))) continue;
     if (!ordered(before, actor)) {
       conflict(address, before, true, actor, reading);
       return false;
     }
-    if (!actor.async_proxy) continue;
-    const Thread* writer = cta_->cluster->thread_of(before.agent);
-    if (!writer) continue;
-    // The latest proxy fence of the writer that the actor knows of has to be younger than the store.
-    const uint32_t known = before.agent == actor.self ? ~0u : actor.known[before.agent];
-    const auto& fences = writer->proxy_fences;
-    const auto after = std::upper_bound(fences.begin(), fences.end(), known);
-    if (after == fences.begin() || *(after - 1) < before.time) {
-      const Site& site = machine->sites[before.site];
-      finding("missing proxy fence", actor.where,
-              std::string(actor.doing) + (reading ? " reads" : " overwrites") + " shared " + hex(address) + " of " +
-                  describe(*cta_) + ", stored by " + site.doing + " at " + to_string(site.where) + " (" +
-                  describe(*writer) + ") with no fence_proxy_async of that thread between");
-      return false;
-    }
+    if (actor.async_proxy && !check_proxy_fence(before, address, actor, reading)) return false;
   }
   return true;
 }
 
+// The latest proxy fence of the writer that the actor knows of has to be younger than the store.
+bool Shadow::check_proxy_fence(const Access& before, uint32_t address, const Actor& actor, bool reading) {
+  const Thread* writer = cta_->cluster->thread_of(before.agent);
+  if (!writer) return true;
+  const uint32_t known = before.agent == actor.self ? ~0u : actor.known[before.agent];
+  const auto& fences = writer->proxy_fences;
+  const auto after = std::upper_bound(fences.begin(), fences.end(), known);
+  if (after != fences.begin() && *(after - 1) >= before.time) return true;
+  const Site& site = machine->sites[before.site];
+  finding("missing proxy fence", actor.where,
+          std::string(actor.doing) + (reading ? " reads" : " overwrites") + " shared " + hex(address) + " of " +
+              describe(*cta_) + ", stored by " + site.doing + " at " + to_string(site.where) + " (" +
+              describe(*writer) + ") with no fence_proxy_async of that thread between");
+  return false;
+}
+
 void Shadow::remember_read(Word& word, const Access& access, const Actor& actor) {
-  for (Access& slot : word.read) {
-    const bool replaceable = !slot.time || slot.agent == access.agent ||
-                             (!(slot.bytes & ~access.bytes) && ordered(slot, actor));
-    if (!replaceable) continue;
-    const uint8_t bytes = slot.time && slot.agent == access.agent ? slot.bytes | access.bytes : access.bytes;
-    slot = access;
-    slot.bytes = bytes;
-    return;
-  }
+  // A read that comes before this one and touches no other bytes need not be remembered beside it.
+  const auto replaces = [&](const Access& slot) {
+    return !slot.time || (!(slot.bytes & ~access.bytes) && (slot.agent == access.agent || ordered(slot, actor)));
+  };
+  for (Access& slot : word.read)
+    if (replaces(slot)) {
+      slot = access;
+      return;
+    }
   if (!word.more_reads) {
     more_reads_.emplace_back();
     word.more_reads = more_reads_.size();
   }
   auto& more = more_reads_[word.more_reads - 1];
   for (Access& slot : more)
-    if (slot.agent == access.agent) {
-      const uint8_t bytes = slot.bytes | access.bytes;
+    if (slot.agent == access.agent && replaces(slot)) {
       slot = access;
-      slot.bytes = bytes;
       return;
     }
   more.push_back(access);
@@ -125,7 +123,7 @@ void Shadow::read_word(uint32_t address, uint8_t bytes, const Actor& actor, uint
                 ", which nothing has written");
     w.written |= bytes;
   }
-  remember_read(w, {actor.agent, actor.time, site, bytes}, actor);
+  remember_read(w, Access(actor, site, bytes), actor);
 }
 
 void Shadow::write_word(uint32_t address, uint8_t bytes, const Actor& actor, uint32_t site) {
@@ -141,16 +139,20 @@ void Shadow::write_word(uint32_t address, uint8_t bytes, const Actor& actor, uin
     if (w.more_reads)
       for (const Access& before : more_reads_[w.more_reads - 1]) check(before);
   }
-  const Access access{actor.agent, actor.time, site, bytes};
-  for (int half = 0; half < 2; ++half)
-    if (bytes & HALF[half]) {
-      Access& slot = w.write[half];
-      const bool other_byte = slot.time && slot.agent != access.agent && !(slot.bytes & bytes & HALF[half]);
-      const uint8_t before = other_byte ? slot.bytes : 0;
-      slot = access;
-      slot.bytes = (bytes & HALF[half]) | before;
-    }
-  for (Access& slot : w.read) slot.bytes &= ~bytes, slot.time = slot.bytes ? slot.time : 0;
+  const Access access(actor, site, bytes);
+  if (bytes == 0xf) {
+    w.write[0] = access;
+    w.uniform = true;
+  } else {
+    if (w.uniform) std::fill(w.write + 1, w.write + 4, w.write[0]);
+    w.uniform = false;
+    for (int byte = 0; byte < 4; ++byte)
+      if (bytes >> byte & 1) w.write[byte] = access;
+  }
+  for (Access& slot : w.read) {
+    slot.bytes &= ~bytes;
+    if (!slot.bytes) slot.time = 0;
+  }
   if (w.more_reads) {
     auto& more = more_reads_[w.more_reads - 1];
     for (Access& slot : more) slot.bytes &= ~bytes;

@@ -25,19 +25,26 @@ struct Actor {
 };
 
 struct Access {
-  Agent agent = 0;
   uint32_t time = 0;  // 0: none
-  uint32_t site = 0;
-  uint8_t bytes = 0;  // of the word, a bit each
+  uint16_t agent = 0;
+  uint16_t site : 12;
+  uint16_t bytes : 4;  // of the word, a bit each
+
+  Access() : site(0), bytes(0) {}
+  Access(const Actor& actor, uint32_t site, uint8_t bytes)
+      : time(actor.time), agent(static_cast<uint16_t>(actor.agent)), site(site), bytes(bytes) {}
 };
 
+constexpr uint32_t MAX_AGENTS = 1 << 16, MAX_SITES = 1 << 12;
+
 struct Word {
-  Access write[2];  // of its lower and upper half
-  Access read[2];
-  uint32_t more_reads = 0;  // 1 + index into Shadow::more_reads, when two are not enough
-  uint8_t written = 0;      // bytes
-  bool in_flight = false;   // destination of a TMA load
+  Access write[4];      // of each byte
+  bool uniform = true;  // write[0] stands for all four
+  uint8_t written = 0;  // bytes, a bit each
+  bool in_flight = false;  // destination of a TMA load
   bool mbarrier = false;
+  uint32_t more_reads = 0;  // 1 + index into Shadow::more_reads, when two are not enough
+  Access read[2];           // since the bytes they read were written
 };
 
 class Shadow {
@@ -52,6 +59,7 @@ class Shadow {
   void read_word(uint32_t address, uint8_t bytes, const Actor& actor, uint32_t site);
   void write_word(uint32_t address, uint8_t bytes, const Actor& actor, uint32_t site);
   bool check_against_write(const Word& word, uint32_t address, uint8_t bytes, const Actor& actor, bool reading);
+  bool check_proxy_fence(const Access& before, uint32_t address, const Actor& actor, bool reading);
   void remember_read(Word& word, const Access& access, const Actor& actor);
   void conflict(uint32_t address, const Access& before, bool before_wrote, const Actor& actor, bool reading);
   bool ordered(const Access& before, const Actor& actor) const;

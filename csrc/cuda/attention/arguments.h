@@ -6,7 +6,7 @@
 
 namespace attention {
 
-// P heads of a group of G = H / H_kv, a power of two, share one tile of queries, whose row r is query r / P of head r % P.
+// P heads of a group of G = H / H_kv, a power of two, share one tile of queries: its row r is query r / P, head r % P.
 struct ForwardArguments : AttentionForwardParams {
   ptx::TensorMap q_map;  // [B, H/P, S_q, P, D], box [1, 1, 64/P, P, panel]
   ptx::TensorMap k_map;  // [B, H_kv, S_k, D], box [1, 1, BLOCK_N/cluster, panel]

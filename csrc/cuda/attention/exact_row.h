@@ -1,8 +1,8 @@
-// "A masked key never leaks, whatever V holds there": a hidden key has p = 0, but 0 · NaN and 0 · inf are NaN, and the
-// tensor cores multiply them. Nothing is done about it in the main loop. A NaN in the accumulator stays there, so a row
-// whose o is finite got nothing from hidden keys; a row whose o is not is computed again here, one key after the other,
-// from those it sees alone. Rare, hence small rather than fast. Where no row has a hidden key that exists, and where the
-// scores themselves are NaN, what is not finite is right as it is.
+// "A masked key never leaks, whatever V holds there": a hidden key has p = 0, but 0 · NaN and 0 · inf are NaN, and
+// the tensor cores multiply them. Nothing is done about it in the main loop. A NaN in the accumulator stays there, so
+// a row whose o is finite got nothing from hidden keys; a row whose o is not is computed again here, one key after
+// the other, from those it sees alone. Rare, hence small rather than fast. Where no row has a hidden key that exists,
+// and where the scores themselves are NaN, what is not finite is right as it is.
 #pragma once
 #include <attention/mask.h>
 #include <ptx/global.h>

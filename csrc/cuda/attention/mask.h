@@ -17,8 +17,8 @@ __device__ __forceinline__ VisibleKeys visible_keys(int row, int S_k, const Wind
   return {begin > 0 ? begin : 0, end < S_k ? end : S_k};
 }
 
-// A thread's columns within 128 are 8·(u / 2) + 2·(lane % 4) + u % 2, u = 0 … 31. Bit u: whether the u-th is below `limit`,
-// counted from column 2·(lane % 4).
+// A thread's columns within 128 are 8·(u / 2) + 2·(lane % 4) + u % 2, u = 0 … 31. Bit u: whether the u-th is below
+// `limit`, counted from column 2·(lane % 4).
 __device__ __forceinline__ uint32_t columns_below(int limit) {
   const int rest = limit & 7;
   const int n = 2 * (limit >> 3) + (rest < 2 ? rest : 2);

@@ -1,5 +1,5 @@
-// How a tile of 16-bit rows lies in shared memory: as panels of one swizzle width, 64 columns or, where the row is not a
-// multiple of that, 32; each panel holds all rows of the tile.
+// How a tile of 16-bit rows lies in shared memory: as panels of one swizzle width, 64 columns or, where the row is
+// not a multiple of that, 32; each panel holds all rows of the tile.
 #pragma once
 #include <ptx/layout.h>
 

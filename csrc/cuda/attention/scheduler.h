@@ -1,5 +1,5 @@
-// Which tile of queries comes next. CTAs are persistent: a CTA's first item is its index, further ones follow at a stride
-// of the grid (equal tiles) or are claimed from a counter (tiles of unequal length, the longest first).
+// Which tile of queries comes next. CTAs are persistent: a CTA's first item is its index, further ones follow at a
+// stride of the grid (equal tiles) or are claimed from a counter (tiles of unequal length, the longest first).
 #pragma once
 #include <attention/seqlen.h>
 #include <ptx/shared.h>

@@ -3,8 +3,8 @@
 //   s = q·k · scale                                    a plain score: the factor of exp2 does it
 //   s = softcap · tanh(q·k · scale / softcap)          and any scale <= 0: done on the logits, before the mask
 //
-// p = exp2(factor · (s - row_max)) needs a factor > 0: with a negative one the row maximum would be the minimum, and with
-// 0 the -inf of a masked entry would become a NaN.
+// p = exp2(factor · (s - row_max)) needs a factor > 0: with a negative one the row maximum would be the minimum, and
+// with 0 the -inf of a masked entry would become a NaN.
 #pragma once
 #include <ptx/language.h>
 #include <ptx/numeric.h>

@@ -1,7 +1,7 @@
 // Which rows a tile of queries works on: a batch of equal lengths, or sequences packed one after the other.
 //
-// Packed tensors are (1, H, T, D), and sequence b is their rows cu_seqlens[b] … cu_seqlens[b + 1] - 1. Rows of q after the
-// last sequence count as one more, which has no keys: their o is 0 and their lse -inf.
+// Packed tensors are (1, H, T, D), and sequence b is their rows cu_seqlens[b] … cu_seqlens[b + 1] - 1. Rows of q
+// after the last sequence count as one more, which has no keys: their o is 0 and their lse -inf.
 #pragma once
 #include <attention/arguments.h>
 #include <ptx/global.h>
@@ -20,8 +20,8 @@ struct Tile {
   int S_k;
 };
 
-// Packed, slot cu_seqlens_q[b] / rows + b is the first of sequence b, which has at least as many slots as it has tiles of
-// `rows` queries; so the number of slots depends on T_q and B alone.
+// Packed, slot cu_seqlens_q[b] / rows + b is the first of sequence b, which has at least as many slots as it has
+// tiles of `rows` queries; so the number of slots depends on T_q and B alone.
 __host__ __device__ __forceinline__ int varlen_slots(int T_q, int B, int rows) { return T_q / rows + B + 1; }
 
 __device__ __forceinline__ void locate(Tile& tile, int slot, int rows, const ForwardArguments& p) {

@@ -75,7 +75,7 @@ struct OnlineSoftmax {
     for (int r = 0; r < 2; r++) {
       const float sum = quad_sum(row_sum[r]);
       const bool empty = sum == 0;
-      normaliser[r] = empty ? 0.0f : 1 / sum;
+      normaliser[r] = empty ? 0.0f : ptx::rcp_approx(sum);
       lse[r] = empty ? -INFINITY : (row_max[r] * factor + ptx::log2_approx(sum)) * LN_2;
     }
   }

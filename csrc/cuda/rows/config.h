@@ -6,8 +6,7 @@
 //   longer still                     chunks, of which shared memory keeps what it can
 #pragma once
 #include <params_rows.h>
-#include <rows/chunk.h>
-#include <rows/team.h>
+#include <rows/limits.h>
 
 #include <algorithm>
 #include <string>

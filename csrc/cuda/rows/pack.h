@@ -43,6 +43,15 @@ template <int E> __device__ __forceinline__ uint32_t bits_inside(int n0, int end
   return ((1u << to) - 1u) & ~((1u << from) - 1u);
 }
 
+template <int E> constexpr uint32_t ALL = (1u << E) - 1u;
+
+// Which elements of a pack that begins before `end` are inside of the row; WHOLE: all of them.
+template <int E, bool WHOLE> struct Inside {
+  uint32_t bits;
+  __device__ __forceinline__ Inside(int n0, int end) : bits(WHOLE ? 0 : bits_inside<E>(n0, end)) {}
+  __device__ __forceinline__ bool operator[](int i) const { return WHOLE || (bits >> i & 1); }
+};
+
 // How a matrix is read: again by nobody; by another CTA, or by this one after it wrote it; or never written meanwhile.
 enum class Read { Streaming, Coherent, Constant };
 
@@ -53,19 +62,21 @@ template <Read READ, class W> __device__ __forceinline__ W read_global(const W* 
 }
 
 // Elements n0 … n0 + E - 1 of `row`, which has elements 0 … end - 1; zeros elsewhere. wide: these are aligned together.
-template <class T, int E, Read READ> __device__ __forceinline__ Pack<T, E> load(const T* row, int n0, int end, bool wide) {
+// WHOLE: they are, in every pack, and of a pack that begins before `end` all are there.
+template <class T, int E, Read READ, bool WHOLE = false>
+__device__ __forceinline__ Pack<T, E> load(const T* row, int n0, int end, bool wide) {
   using Access = ptx::packet<uint32_t, Pack<T, E>::ACCESS>;
   Pack<T, E> out;
 #pragma unroll
   for (int i = 0; i < out.WORDS; ++i) out.word[i] = 0;
-  if (wide && n0 >= 0 && n0 + E <= end) {
+  if (WHOLE ? n0 < end : wide && n0 >= 0 && n0 + E <= end) {
 #pragma unroll
     for (int a = 0; a < out.WORDS / out.ACCESS; ++a) {
       const Access access = read_global<READ>(reinterpret_cast<const Access*>(row + n0) + a);
 #pragma unroll
       for (int i = 0; i < out.ACCESS; ++i) out.word[a * out.ACCESS + i] = access[i];
     }
-  } else if (n0 < end) {
+  } else if (!WHOLE && n0 < end) {
 #pragma unroll
     for (int i = 0; i < E; ++i)
       if (n0 + i >= 0 && n0 + i < end) out.put(i, read_global<READ>(row + n0 + i));
@@ -73,10 +84,11 @@ template <class T, int E, Read READ> __device__ __forceinline__ Pack<T, E> load(
   return out;
 }
 
-template <class T, int E> __device__ __forceinline__ void store(T* row, int n0, int end, bool wide, const float (&value)[E]) {
+template <class T, int E, bool WHOLE = false>
+__device__ __forceinline__ void store(T* row, int n0, int end, bool wide, const float (&value)[E]) {
   using Access = ptx::packet<uint32_t, Pack<T, E>::ACCESS>;
   const Pack<T, E> pack = to_pack<T, E>(value);
-  if (wide && n0 >= 0 && n0 + E <= end) {
+  if (WHOLE ? n0 < end : wide && n0 >= 0 && n0 + E <= end) {
 #pragma unroll
     for (int a = 0; a < pack.WORDS / pack.ACCESS; ++a) {
       Access access;
@@ -84,7 +96,7 @@ template <class T, int E> __device__ __forceinline__ void store(T* row, int n0, 
       for (int i = 0; i < pack.ACCESS; ++i) access[i] = pack.word[a * pack.ACCESS + i];
       ptx::st_global_streaming(reinterpret_cast<Access*>(row + n0) + a, access);
     }
-  } else if (n0 < end) {
+  } else if (!WHOLE && n0 < end) {
 #pragma unroll
     for (int i = 0; i < E; ++i)
       if (n0 + i >= 0 && n0 + i < end) ptx::st_global(row + n0 + i, pack.get(i));

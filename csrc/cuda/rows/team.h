@@ -8,6 +8,7 @@
 #include <ptx/named_barrier.h>
 #include <ptx/shared.h>
 #include <ptx/warp.h>
+#include <rows/limits.h>
 #include <rows/planted_bugs.h>
 
 namespace rows {
@@ -18,30 +19,28 @@ constexpr bool HAS_CLUSTERS = false;
 constexpr bool HAS_CLUSTERS = true;
 #endif
 
-constexpr int MAX_THREADS = 512, MAX_WARPS = MAX_THREADS / 32, MAX_CLUSTER = 8;
-
 // Threads that an SM has room for at once, by their registers; as the bound of a launch, a limit of registers.
-constexpr int RESIDENT = 640;          // 96 registers
-constexpr int SUMMING_RESIDENT = 512;  // 128, with dweight and dbias among them
+constexpr int LEAN_RESIDENT = 768;  // 80 registers
+constexpr int RESIDENT = 512;       // 128: where elements are accessed one by one, or dweight and dbias are summed
 
-constexpr int SLOT = 16;                                             // bytes: FIELDS <= 4
-constexpr int REDUCTION_BYTES = 2 * (MAX_WARPS + MAX_CLUSTER) * SLOT;  // two rounds, which take turns
 
 template <class Planted> struct Team {
   int threads;        // of this CTA that share a row
   int thread;         // this one's number among them
   int group;          // which of the CTA's rows
   int groups;         // how many rows the CTA has at once
-  int cluster, rank;  // CTAs that share a row, and this one's number
+  int log_cluster, cluster;  // CTAs that share a row
+  int rank;                  // this one's number among them
   uint32_t slots;     // shared memory
   uint32_t round = 0;
 
   __device__ __forceinline__ explicit Team(const Walk& walk)
-      : threads(walk.threads_per_row), thread(threadIdx.x % threads), group(threadIdx.x / threads),
-        groups(blockDim.x / threads), cluster(1), rank(0), slots(ptx::dynamic_shared()) {
+      : threads(1 << walk.log_threads), thread(threadIdx.x & (threads - 1)), group(threadIdx.x >> walk.log_threads),
+        groups(blockDim.x >> walk.log_threads), log_cluster(0), cluster(1), rank(0), slots(ptx::dynamic_shared()) {
     if constexpr (HAS_CLUSTERS) {
-      cluster = walk.cluster;
-      if (cluster > 1) {
+      if (walk.log_cluster > 0) {
+        log_cluster = walk.log_cluster;
+        cluster = 1 << log_cluster;
         rank = ptx::cluster_rank();
         // Every CTA has begun: its shared memory may be written.
         if (!Planted::has(Bug::NoStartSync)) ptx::cluster_sync();
@@ -52,8 +51,8 @@ template <class Planted> struct Team {
   // A pack's number within a row is (chunk · PACKS + v) · width() + place().
   __device__ __forceinline__ int place() const { return rank * threads + thread; }
   __device__ __forceinline__ int width() const { return cluster * threads; }
-  __device__ __forceinline__ int64_t first_row() const { return int64_t(blockIdx.x / cluster) * groups; }
-  __device__ __forceinline__ int64_t row_step() const { return int64_t(gridDim.x / cluster) * groups; }
+  __device__ __forceinline__ int64_t first_row() const { return int64_t(blockIdx.x >> log_cluster) * groups; }
+  __device__ __forceinline__ int64_t row_step() const { return int64_t(gridDim.x >> log_cluster) * groups; }
 
   template <class V> __device__ __forceinline__ V reduce(V v) {
     v = butterfly(v, threads < 32 ? threads : 32);
@@ -64,7 +63,7 @@ template <class Planted> struct Team {
     const uint32_t mine = turn + group * warps * SLOT;
     if (lane == 0) write(mine + warp * SLOT, v);
     if (!Planted::has(Bug::NoBarrier)) ptx::barrier_sync(1 + group, threads);
-    v = butterfly(read<V>(mine + lane % warps * SLOT), warps);
+    v = butterfly(read<V>(mine + (lane & (warps - 1)) * SLOT), warps);
     if constexpr (HAS_CLUSTERS) {
       if (cluster > 1) {
         const uint32_t totals = turn + MAX_WARPS * SLOT;
@@ -74,7 +73,7 @@ template <class Planted> struct Team {
             ptx::st_shared_cluster(totals + rank * SLOT + 4 * f, Planted::has(Bug::OwnTotals) ? rank : thread, v.field[f]);
         }
         if (!Planted::has(Bug::NoClusterSync)) ptx::cluster_sync();
-        v = butterfly(read<V>(totals + lane % cluster * SLOT), cluster);
+        v = butterfly(read<V>(totals + (lane & (cluster - 1)) * SLOT), cluster);
       }
     }
     return v;

@@ -32,7 +32,7 @@ struct Moments {
   // Chan: with δ = mean_b - mean_a, mean = mean_a + δ · n_b / n, squares = squares_a + squares_b + δ² · n_a · n_b / n
   __device__ __forceinline__ static Moments merge(const Moments& a, const Moments& b) {
     const float count = a.field[0] + b.field[0];
-    const float share = count > 0.f ? b.field[0] / count : 0.f;
+    const float share = count > 0.f ? b.field[0] * ptx::rcp_approx(count) : 0.f;
     const float delta = b.mean() - a.mean();
     return {{count, a.mean() + delta * share, a.squares() + b.squares() + delta * delta * (a.field[0] * share)}};
   }

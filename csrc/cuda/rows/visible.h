@@ -20,7 +20,7 @@ template <int E> __device__ __forceinline__ uint32_t visible(const Softmax& p, c
   const int64_t step = p.mask_step[3];
   const uint8_t* row = p.mask + at.i0 * p.mask_step[0] + at.i1 * p.mask_step[1] + at.i2 * p.mask_step[2];
   if (step == 0) return ptx::ld_global_nc(row) ? bits : 0;
-  if (p.mask_wide && bits == (1u << E) - 1u) {
+  if (p.mask_wide && bits == ALL<E>) {
     const auto bytes = ptx::ld_global_nc(reinterpret_cast<const ptx::packet<uint8_t, E>*>(row + n0));
 #pragma unroll
     for (int i = 0; i < E; ++i)

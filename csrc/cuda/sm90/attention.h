@@ -4,7 +4,8 @@
 
 #include <string>
 
-// Launches o and lse on `stream`, a cudaStream_t. Throws std::invalid_argument with a sentence for what it does not take.
+// Launches o and lse on `stream`, a cudaStream_t. Throws std::invalid_argument with a sentence for what it does not
+// take.
 void attention_forward(const AttentionForwardParams& x, void* stream);
 
 // The tile configuration for these widths, as text; empty where there is none.

@@ -21,8 +21,12 @@ struct AttentionConfig {
   __host__ __device__ constexpr int threads() const { return 128 * (1 + consumers()); }
 
   // Registers a thread, of 64 Ki an SM: 56/256, 40/232 or 32/160 for producer/consumers.
-  __host__ __device__ constexpr int producer_registers() const { return consumers() == 1 ? 56 : consumers() == 2 ? 40 : 32; }
-  __host__ __device__ constexpr int consumer_registers() const { return consumers() == 1 ? 256 : consumers() == 2 ? 232 : 160; }
+  __host__ __device__ constexpr int producer_registers() const {
+    return consumers() == 1 ? 56 : consumers() == 2 ? 40 : 32;
+  }
+  __host__ __device__ constexpr int consumer_registers() const {
+    return consumers() == 1 ? 256 : consumers() == 2 ? 232 : 160;
+  }
   // S (64 × BLOCK_N fp32), P (the same, 16 bits), O (64 × D_v fp32), over 128 threads.
   __host__ __device__ constexpr int fragment_registers() const { return BLOCK_N / 2 + BLOCK_N / 4 + D_v / 2; }
 
@@ -30,9 +34,11 @@ struct AttentionConfig {
   __host__ __device__ constexpr uint32_t o_bytes() const { return 64 * D_v * 2; }
   __host__ __device__ constexpr uint32_t k_bytes() const { return BLOCK_N * D * 2; }  // of one stage
   __host__ __device__ constexpr uint32_t v_bytes() const { return BLOCK_N * D_v * 2; }
-  __host__ __device__ static constexpr uint32_t control_bytes() { return 256; }  // barriers, and the tile that the producer announces
+  __host__ __device__ static constexpr uint32_t control_bytes() { return 256; }  // barriers, and announced tiles
   __host__ __device__ static constexpr uint32_t shared_limit() { return 227 * 1024; }
-  __host__ __device__ constexpr uint32_t operand_bytes() const { return consumers() * q_bytes() + STAGES * (k_bytes() + v_bytes()); }
+  __host__ __device__ constexpr uint32_t operand_bytes() const {
+    return consumers() * q_bytes() + STAGES * (k_bytes() + v_bytes());
+  }
   // O has shared memory of its own where there is some; otherwise it takes that of Q, and the next Q has to wait.
   __host__ __device__ constexpr bool o_apart() const {
     return operand_bytes() + consumers() * o_bytes() + control_bytes() <= shared_limit();
@@ -47,7 +53,8 @@ struct AttentionConfig {
     if (D_v > D) return "D_v is at most D";
     if (BLOCK_M % 64 != 0 || consumers() < 1 || consumers() > 3) return "BLOCK_M is 64, 128 or 192";
     if (BLOCK_N % 16 != 0 || BLOCK_N > 256) return "BLOCK_N is a multiple of 16 up to 256";
-    if (CLUSTER < 1 || CLUSTER > 2 || BLOCK_N % (8 * CLUSTER) != 0) return "CLUSTER is 1 or 2, with whole groups of 8 keys";
+    if (CLUSTER < 1 || CLUSTER > 2) return "CLUSTER is 1 or 2";
+    if (BLOCK_N % (8 * CLUSTER) != 0) return "each CTA of a cluster loads whole groups of 8 keys";
     if (STAGES < 2 || STAGES > 4) return "STAGES is 2 to 4: one V is waited for while the last is held";
     if (LAZY_RESCALE < 0 || LAZY_RESCALE > 8) return "LAZY_RESCALE is 0 to 8: p of fp16 stays below 2^16";
     if (POLYNOMIAL_EIGHTHS < 0 || POLYNOMIAL_EIGHTHS > 8) return "POLYNOMIAL_EIGHTHS is 0 to 8";

@@ -1,13 +1,13 @@
-// Attention forward on Hopper: persistent CTAs of a producer warpgroup, of which one thread loads tiles by TMA, and one to
-// three consumer warpgroups, each with 64 queries.
+// Attention forward on Hopper: persistent CTAs of a producer warpgroup, of which one thread loads tiles by TMA, and
+// one to three consumer warpgroups, each with 64 queries.
 //
 //   S = Q·Kᵀ                                   (64, BLOCK_N)  Q and K in shared memory
 //   P = exp2(factor · (mask(f(S)) - row_max))  (64, BLOCK_N)  in registers
 //   O = rescale · O + P·V                      (64, D_v)      P in registers, V in shared memory
 //
-// S of block n is computed while O still takes in block n + 1, and the softmax of one warpgroup runs beside the products
-// of the others. Blocks are visited from the last to the first, masked ones in loops of their own.
-// Source: Shah et al., "FlashAttention-3" (2024), algorithms 1 and 2.
+// S of block n is computed while O still takes in block n + 1, and the softmax of one warpgroup runs beside the
+// products of the others. Blocks are visited from the last to the first, masked ones in loops of their own. Source:
+// Shah et al., "FlashAttention-3" (2024), algorithms 1 and 2.
 #pragma once
 #include <attention/epilogue.h>
 #include <attention/scheduler.h>
@@ -61,7 +61,7 @@ __device__ __forceinline__ void produce(const ForwardArguments& p, const SharedL
     if (!Planted::has(Bug::NoTileEmptyWait)) tile_ring.wait_empty();
     attention::announce_tile(shared.tile(tile_ring.at.stage), tile);
     ptx::mbarrier_arrive(tile_ring.full());
-    const uint32_t q_parity = tile_ring.at.stage;  // a tile has one Q: its parity alternates like the two tiles announced
+    const uint32_t q_parity = tile_ring.at.stage;  // a tile has one Q: its parity alternates as the stage does
     tile_ring.at.advance();
     if (!tile.valid) break;
 
@@ -136,9 +136,9 @@ __device__ __forceinline__ void consume(const ForwardArguments& p, const SharedL
 #pragma unroll
       for (int i = 0; i < C.D_v / 2; i++) o[i] *= softmax.rescale[attention::row_half(i)];
     };
-    // V of a block is waited for when its P is done, although O takes it in only later. ptxas would move the wait for the
-    // tensor cores up to the start of its basic block, and exponentials down; this wait begins a block, and its parity
-    // depends on the sum of all exponentials, in a way that never comes true.
+    // V of a block is waited for when its P is done, although O takes it in only later. ptxas would move the wait for
+    // the tensor cores up to the start of its basic block, and exponentials down; this wait begins a block, and its
+    // parity depends on the sum of all exponentials, in a way that never comes true.
     const auto wait_v = [&](const auto& ring) {
       if (!Planted::has(Bug::NoValueFullWait)) ring.wait_full(softmax.row_sum[0] + softmax.row_sum[1] < 0);
     };
@@ -255,7 +255,9 @@ __global__ void __launch_bounds__(Config::value.threads(), 1)
     shared.tile_ring().init(WARPS);
     for (int w = 0; w < C.consumers(); w++) shared.q_ring(w).init(C.o_apart() ? 4 : 1);
     ptx::fence_mbarrier_init();
+    for (const ptx::TensorMap* map : {&p.q_map, &p.k_map, &p.v_map, &p.o_map}) ptx::tma_prefetch(map);
   }
+  ptx::warp_sync();
   if (p.cluster > 1) {
     ptx::cluster_sync();
   } else if (!Planted::has(Bug::NoInitSync)) {
@@ -269,6 +271,7 @@ __global__ void __launch_bounds__(Config::value.threads(), 1)
     ptx::setmaxnreg_inc<C.consumer_registers()>();
     consume<T, Config, Planted>(p, shared, warpgroup - 1);
   }
+  ptx::warp_sync();
   if (p.cluster > 1) ptx::cluster_sync();  // the other CTA may still write here
 }
 

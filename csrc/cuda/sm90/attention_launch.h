@@ -1,4 +1,5 @@
-// From a request to a launch of the attention forward: what shares a tile, in which order, which tensor maps, how many CTAs.
+// From a request to a launch of the attention forward: what shares a tile, in which order, which tensor maps, how
+// many CTAs.
 #pragma once
 #include <launch.h>
 #include <sm90/attention_forward.h>
@@ -32,8 +33,8 @@ struct Dimension {
 // `dimensions` and `box`: innermost first, the innermost contiguous. What is empty is never read, and what has size 1
 // never steps, so that their addresses and strides are replaced by some that TMA accepts.
 template <class T, int COLUMNS, int RANK>
-ptx::TensorMap tensor_map(const char* name, const void* base, const void* substitute, const Dimension (&dimensions)[RANK],
-                          const uint32_t (&box)[RANK]) {
+ptx::TensorMap tensor_map(const char* name, const void* base, const void* substitute,
+                          const Dimension (&dimensions)[RANK], const uint32_t (&box)[RANK]) {
   uint64_t sizes[RANK], strides[RANK - 1];
   for (int i = 0; i < RANK; i++) {
     if (dimensions[i].size == 0) base = substitute;
@@ -41,8 +42,9 @@ ptx::TensorMap tensor_map(const char* name, const void* base, const void* substi
     if (i == 0) continue;
     strides[i - 1] = dimensions[i].size <= 1 ? sizeof(T) * COLUMNS : sizeof(T) * dimensions[i].stride;
     if (strides[i - 1] % 16 != 0 || strides[i - 1] == 0 || strides[i - 1] >> 40 != 0) {
-      throw std::invalid_argument(std::string("`") + name + "` has a stride of " + std::to_string(dimensions[i].stride) +
-                                  " elements; all but the last are multiples of 16 bytes above 0 and below 2^40 bytes.");
+      throw std::invalid_argument(std::string("`") + name + "` has a stride of " +
+                                  std::to_string(dimensions[i].stride) +
+                                  " elements; all but the last are positive multiples of 16 bytes below 2^40 bytes.");
     }
   }
   if (reinterpret_cast<uintptr_t>(base) % 16 != 0) {
@@ -68,9 +70,8 @@ inline void schedule(ForwardArguments& a, const AttentionConfig& C, bool bounded
     if (!a.dynamic && blocks > 1 && sms >= C.CLUSTER) a.cluster = C.CLUSTER;
     a.m_blocks = (blocks + a.cluster - 1) / a.cluster;
   }
-  a.section = a.dynamic ? static_cast<int>(std::max<int64_t>(L2_BYTES / std::max<int64_t>(kv_bytes, 1), 1)) : 1;
-  a.section = std::min(std::min(a.section, a.heads) * a.group, a.heads);
-  if (!a.dynamic) a.section = 1;
+  const int64_t kv_heads = std::max<int64_t>(L2_BYTES / std::max<int64_t>(kv_bytes, 1), 1);
+  a.section = a.dynamic ? static_cast<int>(std::min<int64_t>(kv_heads * a.group, a.heads)) : 1;
   a.n_items = a.m_blocks * a.heads;
 }
 

@@ -1,5 +1,5 @@
-// Rings of tiles in shared memory between the producer, which fills them by TMA, and the consumers. A full barrier counts
-// bytes, an empty barrier counts consumer warps; the k-th use of a stage is phase k % 2 of both.
+// Rings of tiles in shared memory between the producer, which fills them by TMA, and the consumers. A full barrier
+// counts bytes, an empty barrier counts consumer warps; the k-th use of a stage is phase k % 2 of both.
 #pragma once
 #include <ptx/mbarrier.h>
 #include <ptx/warp.h>

@@ -1,7 +1,7 @@
 // The two matrix products of attention, issued by a warpgroup and not waited for.
 //
-// K-major operands (q and k): a k step of 16 columns is 32 bytes on within a panel, groups of 8 rows are 8 widths apart.
-// MN-major operand (v): a k step of 16 keys is 16 rows on, panels of columns are BLOCK_N rows apart.
+// K-major operands (q and k): a k step of 16 columns is 32 bytes on within a panel, groups of 8 rows are 8 widths
+// apart. MN-major operand (v): a k step of 16 keys is 16 rows on, panels of columns are BLOCK_N rows apart.
 #pragma once
 #include <attention/panel.h>
 #include <ptx/wgmma.h>
@@ -22,7 +22,8 @@ __device__ __forceinline__ void issue_scores(float (&s)[N], uint32_t q, uint32_t
   using Panels = attention::Panels<C.D>;
   constexpr uint32_t WIDTH = Panels::ROW_BYTES, STEPS = WIDTH / 32;
   const uint32_t k_groups = Planted::has(Bug::WrongKeyStride) ? 4 * WIDTH : 8 * WIDTH;
-  const uint64_t q_rows = ptx::descriptor(q, 16, 8 * WIDTH, Panels::SWIZZLE), k_rows = ptx::descriptor(k, 16, k_groups, Panels::SWIZZLE);
+  const uint64_t q_rows = ptx::descriptor(q, 16, 8 * WIDTH, Panels::SWIZZLE);
+  const uint64_t k_rows = ptx::descriptor(k, 16, k_groups, Panels::SWIZZLE);
 #pragma unroll
   for (int i = 0; i < C.D / 16; i++) {
     const uint32_t panel = i / STEPS, column = i % STEPS * 32;  // bytes

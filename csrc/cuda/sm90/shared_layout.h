@@ -27,7 +27,9 @@ struct SharedLayout {
   __device__ __forceinline__ uint32_t q(int w) const { return base + w * C.q_bytes(); }
   __device__ __forceinline__ uint32_t k(int stage) const { return base + K + stage * C.k_bytes(); }
   __device__ __forceinline__ uint32_t v(int stage) const { return base + V + stage * C.v_bytes(); }
-  __device__ __forceinline__ uint32_t o(int w) const { return base + O + w * (C.o_apart() ? C.o_bytes() : C.q_bytes()); }
+  __device__ __forceinline__ uint32_t o(int w) const {
+    return base + O + w * (C.o_apart() ? C.o_bytes() : C.q_bytes());
+  }
 
   __device__ __forceinline__ uint32_t tile(int i) const { return base + CONTROL + i * TILE_BYTES; }
   __device__ __forceinline__ Ring<TILES> tile_ring() const { return Ring<TILES>(base + TILE_RING); }

@@ -269,6 +269,67 @@ TEST(boxes_at_the_far_edges) {
 TEST(boxes_at_the_near_edges) { check_box(Swizzle::B64, -8, -1, -1, -1); }
 TEST(boxes_wholly_outside) { check_box(Swizzle::B64, 40, 0, 0, 0); }
 
+namespace {
+
+struct RankCase { TensorMap from, to; float* shared; };
+
+// A box of 4 × 2 × … × 2 floats at 0, 1, …, 1: to shared memory, out for the test, and on to another tensor.
+template <int R> void rank_kernel(const RankCase p) {
+  const uint32_t shared = dynamic_shared(), bar = shared + 512;
+  constexpr int elements = 4 << (R - 1);
+  if (threadIdx.x == 0) {
+    mbarrier_init(bar, 1);
+    fence_mbarrier_init();
+    mbarrier_arrive_expect_tx(bar, 4 * elements);
+    if constexpr (R == 2) tma_load(shared, &p.from, bar, 0, 1, L2Hint::EvictFirst);
+    if constexpr (R == 3) tma_load(shared, &p.from, bar, 0, 1, 1);
+    if constexpr (R == 5) tma_load(shared, &p.from, bar, 0, 1, 1, 1, 1, L2Hint::EvictLast);
+  }
+  cta_sync();
+  mbarrier_wait(bar, 0);
+  for (int i = threadIdx.x; i < elements; i += 32) p.shared[i] = ld_shared<float>(shared + 4 * i);
+  cta_sync();
+  if (threadIdx.x) return;
+  if constexpr (R == 2) tma_store(&p.to, shared, 0, 1);
+  if constexpr (R == 3) tma_store(&p.to, shared, 0, 1, 1);
+  if constexpr (R == 5) tma_store(&p.to, shared, 0, 1, 1, 1, 1);
+  tma_store_commit();
+  tma_store_wait_read<0>();
+}
+
+template <int R> void check_rank() {
+  uint64_t sizes[R], strides[R];
+  uint32_t box[R];
+  int64_t elements = 4;
+  for (int d = 0; d < R; ++d) {  // 4 × 3 × … × 3, dense
+    sizes[d] = d ? 3 : 4;
+    box[d] = d ? 2 : 4;
+    if (d) strides[d - 1] = 4 * elements;
+    elements *= d ? 3 : 1;
+  }
+  std::vector<float> from(elements), to(elements, -1), shared(4 << (R - 1));
+  for (int64_t i = 0; i < elements; ++i) from[i] = i;
+  const auto map = [&](std::vector<float>& x) {
+    return make_tensor_map(ElementType::Fp32, x.data(), R, sizes, strides, box, Swizzle::None);
+  };
+  expect_clean(rank_kernel<R>, {dim3(1), 32, 1024}, RankCase{map(from), map(to), shared.data()}, [&] {
+    for (size_t i = 0; i < shared.size(); ++i) {
+      int64_t at = i % 4;
+      for (int64_t d = 1, size = 4, rest = i / 4; d < R; ++d, size *= 3, rest /= 2) at += (1 + rest % 2) * size;
+      EXPECT_EQUAL(shared[i], from[at]);
+      EXPECT_EQUAL(to[at], from[at]);
+      to[at] = -1;
+    }
+    for (float x : to) EXPECT_EQUAL(x, -1.f);
+  });
+}
+
+}  // namespace
+
+TEST(boxes_of_rank_2) { check_rank<2>(); }
+TEST(boxes_of_rank_3) { check_rank<3>(); }
+TEST(boxes_of_rank_5) { check_rank<5>(); }
+
 TEST(rounding) {
   // every fp16 survives; halves round to even; what lies between 65504 and 65520 is 65504
   for (uint32_t h = 0; h < 1 << 16; ++h) {

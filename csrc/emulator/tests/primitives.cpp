@@ -147,7 +147,31 @@ void counters_kernel(const Counters p) {
   atomic_add(p.count, 1u);
 }
 
-// The last CTA of a cluster-wide row writes; the ranks and sizes are told by the hardware.
+// Threads share words but no bytes of them: thread t owns byte t, then 16-bit half t % 2 of a word, read and rewritten.
+void neighbours_kernel(const Out p) {
+  const uint32_t bytes = dynamic_shared(), halves = bytes + 64;
+  const int t = threadIdx.x;
+  st_shared<uint8_t>(bytes + t, t);
+  st_shared<uint16_t>(halves + 2 * t, t);
+  cta_sync();
+  const int mine = ld_shared<uint16_t>(halves + 2 * t), other = ld_shared<uint16_t>(halves + 2 * (t ^ 1));
+  cta_sync();
+  if (t % 2) st_shared<uint16_t>(halves + 2 * (t ^ 1), 100 + t);  // rewrites the half of its neighbour, who has read it
+  else p.out[64 + t] = ld_shared<uint16_t>(halves + 2 * (t ^ 1));  // while the neighbour's own half is read again
+  uint32_t word = ld_shared<uint32_t>(bytes + t / 4 * 4);
+  p.out[t] = mine + other + int(word >> 8 * (t % 4) & 0xff);
+}
+
+// The same, but thread 0 writes the half that thread 1 reads.
+void neighbours_in_conflict_kernel(const Out p) {
+  const uint32_t word = dynamic_shared();
+  const int t = threadIdx.x;
+  if (t == 0) st_shared(word, 0u);
+  cta_sync();
+  if (t == 0) st_shared<uint16_t>(word + 2, 1);
+  if (t == 1) p.out[0] = ld_shared<uint16_t>(word + 2);
+}
+
 void ranks_kernel(const Out p) {
   const int cta = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
   if (threadIdx.x == 0) p.out[cta] = cluster_rank() * 100 + cluster_size();
@@ -331,6 +355,16 @@ TEST(more_ctas_than_sms) {
   });
 }
 
+TEST(neighbouring_bytes) {
+  std::vector<int> out(128);
+  expect_clean(neighbours_kernel, {dim3(1), 64, 256}, Out{out.data(), 0}, [&] {
+    for (int t = 0; t < 64; ++t) EXPECT_EQUAL(out[t], t + (t ^ 1) + t);
+  });
+  for (const Schedule& schedule : SCHEDULES) {  // which of the two comes first depends on the schedule
+    const auto report = emulate(neighbours_in_conflict_kernel, {dim3(1), 64, 256}, Out{out.data(), 0}, schedule);
+    EXPECT(report.findings().size() == 1 && report.findings()[0].kind.find("race") == 0);
+  }
+}
 TEST(cluster_ranks) {
   std::vector<int> out(8 * 3 * 2);
   expect_clean(ranks_kernel, {dim3(8, 3, 2), 32, 0, 4}, Out{out.data(), 0}, [&] {

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastattn.backends.cpu import loss, rows
 from fastattn.spec import (
     AttentionInputs,
     AttentionSpec,
@@ -18,6 +19,17 @@ NAME = "cpu"
 COMPOSITE = False
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+norm_forward, norm_backward = rows.norm_forward, rows.norm_backward
+softmax_forward, softmax_backward = rows.softmax_forward, rows.softmax_backward
+gated_forward, gated_backward = rows.gated_forward, rows.gated_backward
+rotary_embedding = rows.rotary_embedding
+dropout_add_forward, dropout_add_backward = rows.dropout_add_forward, rows.dropout_add_backward
+cross_entropy_forward, cross_entropy_backward = loss.cross_entropy_forward, loss.cross_entropy_backward
+cross_entropy_scale = loss.cross_entropy_scale
+linear_cross_entropy_forward = loss.linear_cross_entropy_forward
+linear_cross_entropy_backward = loss.linear_cross_entropy_backward
+linear_cross_entropy_scale = loss.linear_cross_entropy_scale
 
 
 def available(device: torch.device) -> str | None:
@@ -36,7 +48,7 @@ def unsupported(spec: Spec, device: torch.device) -> str | None:
         return f"dtype {_name(spec.dtype)} (it has float16, bfloat16 and float32)"
     if isinstance(spec, AttentionSpec):
         return None
-    return "nothing but attention yet"
+    return rows.unsupported(spec)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -170,6 +170,13 @@ def softmax_backward(dx: Tensor | None, dy: Tensor | None, y: Tensor, mask: Tens
     if dy is None:
         dx.zero_()
         return
+    if mask is None and not spec.causal and spec.dim == -1 and y.is_contiguous() and dy.is_contiguous():
+        N = y.shape[-1] if y.dim() else 1
+        load().softmax_backward(
+            (1, 1, y.numel() // N, N), dense(dx, N), dense(dy, N), dense(y, N), None, (1, 1, 1, 0), False,
+            spec.scale, spec.log, False, 0, get_num_threads(),
+        )  # fmt: skip
+        return
     d, g, p = torch.atleast_1d(dx, dy, y)
     mask = None if mask is None else mask.expand(p.shape)
     found, columns, (d, g, p, mask) = _softmax_lines((d, g, p), mask, spec)

@@ -13,12 +13,14 @@ import torch
 from hypothesis import Phase, given, seed, settings
 from parity import check, inputs_of, options_of, packed_of, run
 from test_attention import HIDDEN
+from test_jvp import CASES, Call, largest
 from test_property import SETTINGS, calls
+from torch.func import jvp
 
 import fastattn
 from fastattn.backends import cpu
 from fastattn.backends.cpu import module
-from fastattn.testing import make_inputs
+from fastattn.testing import assert_close, make_inputs
 
 CPU = torch.device("cpu")
 WHY_NOT = cpu.available(CPU)
@@ -258,3 +260,34 @@ def test_float64_bias(isa):
     o = fastattn.attention(q, k, v, bias=bias, backend="cpu")
     expected = fastattn.attention(q, k, v, bias=bias, backend="reference")
     torch.testing.assert_close(o, expected)
+
+
+@pytest.mark.parametrize("case", [*CASES, cases.case("many_rows", 300, 200, window=(90, 20))], ids=str)
+def test_tangents(case: cases.Case):
+    call = Call(case, CPU)
+    primals, tangents = tuple(call.primals), tuple(call.tangents)
+    (o, lse), exact = call.in_float64(tangents)
+    _, eager = jvp(lambda *x: call.reference(*x, compute_dtype=case.dtype), primals, tangents)
+
+    def tested(q, k, v, *rest):
+        torch.manual_seed(5)
+        options = {**call.options, **dict(zip(call.names, rest, strict=True)), "backend": "cpu"}
+        if call.packed:
+            return call.packed.attention(q, k, v, **options)
+        return fastattn.attention(q, k, v, return_lse=True, **options)
+
+    _, actual = jvp(tested, primals, tangents)
+    in_p = 1.0 + largest(lse) if case.dtype == torch.float32 else 1.0
+    scale = in_p * largest(*exact, exact[1][..., None] * o)
+    for name, *results in zip(("to", "tlse"), actual, exact, eager, strict=True):
+        assert_close(*results, name, scale=scale)
+
+
+def test_tangents_of_hidden_entries_never_leak():
+    results = []
+    for garbage in (0.0, math.nan):
+        inputs = make_inputs((1, 2, 20, 16), *[(1, 2, 50, 16)] * 2)
+        inputs[1][:, :, 30:], inputs[2][:, :, 30:] = garbage, garbage
+        function = lambda *x: fastattn.attention(*x, causal="top_left", backend="cpu")  # noqa: E731
+        results.append(jvp(function, tuple(inputs), tuple(torch.ones_like(t) for t in inputs))[1])
+    assert torch.equal(*results)

@@ -19,7 +19,7 @@ EMULATOR = ROOT / "csrc/emulator"
 TESTS = EMULATOR / "tests"
 CXX = os.environ.get("CXX", "g++")
 FLAGS = ["-std=c++17", "-Wno-psabi", "-Icsrc/emulator", "-Icsrc/cuda", "-Icsrc"]
-PROGRAMS = ("layouts", "primitives", "planted")
+PROGRAMS = ("layouts", "primitives", "asynchronous", "planted")
 OF_KERNELS = {"attention_variants.cpp"}  # runs the project's kernels: not part of the emulator itself
 SCHEDULES = ("eager", "tma_last", "wgmma_last", "random")
 
@@ -79,6 +79,11 @@ def test_layout(run: Callable[..., str], name: str):
 @pytest.mark.parametrize("name", names("primitives"))
 def test_primitive(run: Callable[..., str], name: str):
     run("primitives", name)
+
+
+@pytest.mark.parametrize("name", names("asynchronous"))
+def test_asynchronous_work(run: Callable[..., str], name: str):
+    run("asynchronous", name)
 
 
 # What finds each mistake: a finding of this kind, at a line with this text. None: only the numbers are wrong.

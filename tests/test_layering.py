@@ -41,7 +41,13 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "fastattn.spec",
         "fastattn.tracing",
     ),
-    "fastattn.backends.cpu": ("=fastattn.native", "fastattn.backends.row_layout", "fastattn.errors", "fastattn.spec"),
+    "fastattn.backends.cpu": (
+        "=fastattn.native",
+        "fastattn.backends.row_layout",
+        "fastattn.errors",
+        "fastattn.reference.dropout",
+        "fastattn.spec",
+    ),
     "fastattn.backends.cuda": ("=fastattn.native", "fastattn.backends.row_layout", "fastattn.spec"),
     "fastattn.backends.row_layout": (),  # how rows lie in tensors, for all that launch kernels on them
     TRITON: ("fastattn.backends.row_layout", "fastattn.errors", "fastattn.inspection", "fastattn.spec", "triton"),

@@ -144,6 +144,7 @@ def test_the_module_that_fits_the_gpu_the_sources_and_python_is_loaded(csrc: Pat
     assert native.load().__file__ == str(hopper.path)
     assert native.load((9, 0)).__file__ == str(hopper.path)
     assert native.load((8, 6)).__file__ == str(ampere.path)
+    assert native.load((9, 0)).__name__ != native.load((8, 6)).__name__  # by which pybind11 tells modules apart
     assert native.why_not((8, 6)) is None
     assert "compiled for sm_90a, not for this GPU" in (native.why_not((10, 0)) or "")
     assert "8.0 and newer, this GPU has 7.5" in (native.why_not((7, 5)) or "")

@@ -41,7 +41,7 @@ def load(capability: tuple[int, int] | None = None) -> ModuleType:
     found = _find(capability)
     if isinstance(found, str):
         raise NativeMissing(found)
-    return _load(found.path, "fastattn._cuda")
+    return _load(found.path)
 
 
 def why_not(capability: tuple[int, int] | None = None) -> str | None:
@@ -74,7 +74,7 @@ def built(target: str) -> list[Built]:
 
 def load_emulator() -> ModuleType:
     """The kernels for the CPU: the host compiler takes a while the first time, and whenever their sources changed."""
-    return _load(_emulator(), "fastattn._emulator._cuda")
+    return _load(_emulator())
 
 
 def why_no_emulator() -> str | None:
@@ -147,7 +147,11 @@ def _emulator() -> Path:
 
 
 @functools.cache
-def _load(path: Path, name: str) -> ModuleType:
+def _load(path: Path) -> ModuleType:
+    # pybind11 keeps modules by their full name: two of one name would be the first, whatever the second's file holds.
+    # Python finds PyInit__cuda by the last part.
+    parent = "fastattn" if path.parent == PACKAGE else f"fastattn.{path.parent.name}"
+    name = f"{parent}.{path.name.partition('.')[0]}"
     loader = importlib.machinery.ExtensionFileLoader(name, str(path))
     spec = importlib.util.spec_from_file_location(name, path, loader=loader)
     assert spec is not None

@@ -4,11 +4,9 @@
 #include <ptx/global.h>
 #include <ptx/mbarrier.h>
 #include <ptx/named_barrier.h>
-#include <ptx/numeric.h>
 #include <ptx/shared.h>
 #include <ptx/tma.h>
 #include <ptx/warp.h>
-#include <ptx/wgmma.h>
 #include <tests/launching.h>
 
 #include <stdexcept>
@@ -126,6 +124,32 @@ void warp_kernel(const Out p) {
   p.out[4 * t + 3] = leader;
 }
 
+// Lanes 16 … 31 exit: they do not vote any more.
+void vote_after_exits_kernel(const Out p) {
+  for (int i = 0; i < 2; ++i) ballot(true);
+  if (threadIdx.x >= 16) return;
+  p.out[threadIdx.x] = int(ballot(threadIdx.x != 3));
+}
+
+// A shuffle orders no memory.
+void shuffle_for_a_sync_kernel(const Out p) {
+  const int t = threadIdx.x;
+  st_shared(dynamic_shared() + 4 * t, t);
+  shuffle_xor(t, 1);
+  p.out[t] = ld_shared<int>(dynamic_shared() + 4 * (t ^ 1));
+}
+
+// Warps 1 and 2 read a word, warp 0 writes it after a barrier with warp 2 alone.
+void second_reader_kernel(const Out p) {
+  const uint32_t word = dynamic_shared();
+  const int t = threadIdx.x, warp = t / 32;
+  if (t == 0) st_shared(word, 7);
+  cta_sync();
+  if (warp) p.out[t] = ld_shared<int>(word);
+  if (warp != 1) barrier_sync(1, 64);
+  if (t == 0) st_shared(word, 8);
+}
+
 // A persistent kernel: CTAs take numbered tiles from a counter in global memory.
 struct Tiles { int* counter; int* owner; int n; };
 void tiles_kernel(const Tiles p) {
@@ -193,6 +217,15 @@ void ring_kernel(const Out p) {
   if (threadIdx.x == 0) p.out[blockIdx.x] = value;
 }
 
+// Warp 1 of each CTA exits: the cluster's barrier waits for the others.
+void cluster_after_exits_kernel(const Out p) {
+  if (threadIdx.x >= 32) return;
+  st_shared(dynamic_shared() + 4 * threadIdx.x, int(blockIdx.x));
+  cluster_sync();
+  p.out[blockIdx.x * 32 + threadIdx.x] = ld_shared_cluster<int>(dynamic_shared() + 4 * threadIdx.x, cluster_rank() ^ 1);
+  cluster_sync();
+}
+
 void remote_after_exit_kernel(const Out p) {
   cluster_sync();
   if (cluster_rank() == 1) return;
@@ -235,28 +268,6 @@ void flag_by_reduction_kernel(const Sum p) {
 
 void waits_for_a_flag_that_nobody_raises_kernel(const Flag p) {
   while (!ld_global(p.flag)) continue;
-}
-
-// Each warp stages its own rows of A, with no more than a warp_sync before the wgmma that reads them.
-struct Staged { float* d; bool sync; };
-void staged_by_warp_kernel(const Staged p) {
-  const uint32_t a = dynamic_shared(), b = a + 8192;
-  const int t = threadIdx.x, row = 16 * (t / 32) + t % 16, half = t % 32 / 16;  // A, B: 64 × 16, rows of 128 bytes
-  for (int k = 8 * half; k < 8 * half + 8; ++k)
-    st_shared(swizzle(b + 128 * row + 2 * k, Swizzle::B128), from_float<bf16>(1));
-  fence_proxy_async();
-  cta_sync();
-  for (int k = 8 * half; k < 8 * half + 8; ++k)
-    st_shared(swizzle(a + 128 * row + 2 * k, Swizzle::B128), from_float<bf16>(float(row)));
-  fence_proxy_async();
-  if (p.sync) warp_sync();
-  float d[32];
-  wgmma_fence();
-  wgmma_ss<bf16, 0, 0>(d, descriptor(a, 16, 1024, Swizzle::B128), descriptor(b, 16, 1024, Swizzle::B128), 0);
-  wgmma_commit();
-  wgmma_wait<0>(d);
-  if (t % 4 == 0)
-    for (int r = 0; r < 2; ++r) p.d[16 * (t / 32) + t % 32 / 4 + 8 * r] = d[2 * r];
 }
 
 void part_of_a_warpgroup_kernel(const Out) {
@@ -327,6 +338,24 @@ TEST(warp_operations) {
   });
 }
 
+TEST(votes_after_exits) {
+  std::vector<int> out(16);
+  expect_clean(vote_after_exits_kernel, {dim3(1), 32, 0}, Out{out.data(), 0}, [&] {
+    for (int votes : out) EXPECT_EQUAL(votes, 0xfff7);
+  });
+}
+TEST(shuffles_order_no_memory) {
+  std::vector<int> out(32);
+  expect_finding(shuffle_for_a_sync_kernel, {dim3(1), 32, 128}, Out{out.data(), 0}, "race: read after write");
+}
+TEST(every_reader_counts) {
+  std::vector<int> out(96);
+  for (const Schedule& schedule : SCHEDULES) {
+    const auto report = emulate(second_reader_kernel, {dim3(1), 96, 64}, Out{out.data(), 0}, schedule);
+    EXPECT(report.findings().size() == 1 && report.findings()[0].kind.find("race") == 0);
+  }
+}
+
 TEST(tiles_from_a_counter) {
   int counter = 0;
   std::vector<int> owner(40, -1);
@@ -377,6 +406,12 @@ TEST(cluster_ring) {
     for (int i = 0; i < 16; ++i) EXPECT_EQUAL(out[i], i + 8);  // once round, one more at each step
   });
 }
+TEST(cluster_sync_after_exits) {
+  std::vector<int> out(4 * 32);
+  expect_clean(cluster_after_exits_kernel, {dim3(4), 64, 128, 2}, Out{out.data(), 0}, [&] {
+    for (int i = 0; i < 128; ++i) EXPECT_EQUAL(out[i], i / 32 ^ 1);
+  });
+}
 TEST(remote_after_exit) {
   int out = 0;
   for (const Schedule& schedule : SCHEDULES) {
@@ -402,13 +437,6 @@ TEST(flag_by_a_reduction) {
 TEST(flag_that_nobody_raises) {
   int flag = 0;
   expect_finding(waits_for_a_flag_that_nobody_raises_kernel, {dim3(1), 1, 0}, Flag{&flag, nullptr}, "deadlock");
-}
-TEST(a_staged_by_each_warp) {
-  std::vector<float> d(64);
-  expect_clean(staged_by_warp_kernel, {dim3(1), 128, 16384}, Staged{d.data(), true}, [&] {
-    for (int i = 0; i < 64; ++i) EXPECT_EQUAL(d[i], 16.f * i);
-  });
-  expect_finding(staged_by_warp_kernel, {dim3(1), 128, 16384}, Staged{d.data(), false}, "race: read after write");
 }
 TEST(registers_by_part_of_a_warpgroup) {
   expect_finding(part_of_a_warpgroup_kernel, {dim3(1), 128, 0}, Out{}, "setmaxnreg: not by the whole warpgroup");

@@ -79,3 +79,17 @@ def attention_backward(
     from fastattn.backends.cpu import attention
 
     attention.attention_backward(grads, do, dlse, x, o, lse, spec)
+
+
+def attention_tangents(
+    to: Tensor,
+    tlse: Tensor,
+    tangents: AttentionInputs,
+    x: AttentionInputs,
+    o: Tensor,
+    lse: Tensor,
+    spec: AttentionSpec,
+) -> None:
+    from fastattn.backends.cpu import attention_jvp
+
+    attention_jvp.attention_tangents(to, tlse, tangents, x, o, lse, spec)

@@ -55,7 +55,7 @@ def load_cpu() -> ModuleType:
     found = _find_cpu()
     if isinstance(found, str):
         raise NativeMissing(found)
-    return _load(found.path, "fastattn._cpu")
+    return _load(found.path)
 
 
 def why_no_cpu() -> str | None:

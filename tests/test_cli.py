@@ -39,9 +39,10 @@ def test_info_shows_versions_devices_and_backends() -> None:
     assert lines[3].split() == ["python", platform.python_version()]
     cpu = lines[next(i for i, line in enumerate(lines) if line.startswith("cpu: ")) + 1 :][: len(backends.ORDER)]
     assert [line.split()[0] for line in cpu] == list(backends.ORDER)
-    cuda, triton, *others = (line.split(maxsplit=1)[1] for line in cpu)
+    cuda, triton, native, *others = (line.split(maxsplit=1)[1] for line in cpu)
     assert cuda.startswith("not available: its kernels are for NVIDIA GPUs")
     assert triton.startswith("not available: Triton compiles for GPUs")
+    assert native == "available" or native.startswith("not available: it ")
     assert others == ["available"] * len(others)
 
 
@@ -65,11 +66,13 @@ def test_info_follows_the_interpreter() -> None:
 def test_explain_says_what_runs_and_why_not_the_others() -> None:
     done = run("explain", "attention", "--device", "cpu", TRITON_INTERPRET="0")
     assert done.returncode == 0, done.stderr
-    title, cuda, triton, eager, reference = done.stdout.splitlines()
-    assert title == "attention on cpu: eager"
+    title, cuda, triton, native, eager, reference = done.stdout.splitlines()
+    compiled = backends.get("cpu").available(torch.device("cpu")) is None
+    assert title == f"attention on cpu: {'cpu' if compiled else 'eager'}"
+    assert native.startswith("  cpu        " + ("runs: " if compiled else "passed over: it "))
     assert cuda.startswith("  cuda       passed over: its kernels are for NVIDIA GPUs")
     assert triton.startswith("  triton     passed over: Triton compiles for GPUs")
-    assert eager.startswith("  eager      runs: ")
+    assert eager.startswith("  eager      " + ("not reached" if compiled else "runs: "))
     assert reference == "  reference  not reached"
 
 
@@ -98,10 +101,11 @@ def test_explain_says_what_runs_and_why_not_the_others() -> None:
 )
 def test_explain_passes_its_options_on(arguments: str, how: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", *arguments.split(), "--device", "cpu", "--backend", "eager"]) == 0
-    title, cuda, triton, eager, _ = capsys.readouterr().out.splitlines()
+    title, cuda, triton, native, eager, _ = capsys.readouterr().out.splitlines()
     assert title == f"{arguments.split()[0]} on cpu: eager"
     assert cuda == "  cuda       passed over: backend='eager' was asked for"
     assert triton == "  triton     passed over: backend='eager' was asked for"
+    assert native == "  cpu        passed over: backend='eager' was asked for"
     assert eager.startswith("  eager      runs: ")
     assert how in eager
 

@@ -31,8 +31,12 @@ LOSSES = {
     "triton": ("cross_entropy_forward", "linear_cross_entropy_forward"),
     "composite": ("cross_entropy", "linear_cross_entropy"),
 }
+# Whether the kernels for CPU tensors are compiled, and tested here.
+CPU = not torch.cuda.is_available() and backends.get("cpu").available(torch.device("cpu")) is None
+FUSED = ("attention_forward", "norm_forward", "softmax_forward", *ELEMENTWISE["triton"], *LOSSES["triton"])
 ENTRIES = {  # what a call enters a backend by
-    "triton": ("attention_forward", "norm_forward", "softmax_forward", *ELEMENTWISE["triton"], *LOSSES["triton"]),
+    "triton": FUSED,
+    **({"cpu": FUSED} if CPU else {}),
     "eager": ("attention", "norm", "softmax", *ELEMENTWISE["composite"], *LOSSES["composite"]),
     "reference": ("attention", "norm", "softmax", *ELEMENTWISE["composite"], *LOSSES["composite"]),
 }
@@ -67,21 +71,27 @@ class Call:
         return (*args, *others), {**tensors, **self.options}
 
 
+def elsewhere(dtype: torch.dtype) -> str:
+    """Who computes an attention that Triton refuses."""
+    return "cpu" if CPU and dtype != F64 else "eager"
+
+
 def attention(name: str, why: str = "", D: int = 8, D_v: int = 8, dtype=torch.float32, tensors=(), **options) -> Call:
     shapes = ((2, 4, 5, D), (2, 2, 5, D), (2, 2, 5, D_v))
-    backend = "eager" if why else "triton"
+    backend = elsewhere(dtype) if why else "triton"
     return Call(name, fastattn.attention, shapes, backend, why, dtype, options, dict(tensors))
 
 
 def varlen(name: str, why: str = "", D: int = 8, dtype=torch.float32, tensors=(), **options) -> Call:
-    backend = "eager" if why else "triton"
+    backend = elsewhere(dtype) if why else "triton"
     shapes = ((7, 4, D), (9, 2, D), (9, 2, D))
     return Call(name, fastattn.varlen_attention, shapes, backend, why, dtype, options, dict(tensors))
 
 
 def sdpa(name: str, why: str = "", shape=(2, 4, 5, 8), tensors=(), **options) -> Call:
     fn = fastattn.scaled_dot_product_attention
-    return Call(name, fn, (shape,) * 3, "eager" if why else "triton", why, options=options, tensors=dict(tensors))
+    backend = elsewhere(torch.float32) if why else "triton"
+    return Call(name, fn, (shape,) * 3, backend, why, options=options, tensors=dict(tensors))
 
 
 def rows(fn: Callable, name: str, why: str = "", dtype=torch.float32, tensors=(), **options) -> Call:
@@ -203,7 +213,7 @@ def test_names_the_backend_that_was_asked_for(call: Call, name: str, entered, de
 def test_says_why_triton_was_passed_over(call: Call, device: torch.device):
     args, kwargs = call.arguments(device)
     explanation = fastattn.explain(call.fn, *args, **kwargs)
-    assert list(explanation.reasons) == ["cuda", "triton"]
+    assert list(explanation.reasons) == list(backends.ORDER[: backends.ORDER.index(call.backend)])
     assert call.why_not_triton in explanation.reasons["triton"]
 
 
@@ -271,6 +281,7 @@ def test_config_of_eager_says_whether_torch_serves(options, torch_runs: bool, mo
 attention on cpu: eager
   cuda       passed over: it is not built
   triton     passed over: dtype float64 (it has float16, bfloat16 and float32)
+  cpu        passed over: it is not built either
   eager      runs: torch scaled_dot_product_attention where lse is not wanted, else reference operations
   reference  not reached""",
         ),
@@ -280,6 +291,7 @@ attention on cpu: eager
 attention on cpu: reference
   cuda       passed over: backend='reference' was asked for
   triton     passed over: backend='reference' was asked for
+  cpu        passed over: backend='reference' was asked for
   eager      passed over: backend='reference' was asked for
   reference  runs: plain torch operations, unfused""",
         ),
@@ -289,6 +301,7 @@ attention on cpu: reference
 attention on cpu: no backend
   cuda       passed over: backend='triton' was asked for
   triton     passed over: dtype float64 (it has float16, bfloat16 and float32)
+  cpu        passed over: backend='triton' was asked for
   eager      passed over: backend='triton' was asked for
   reference  passed over: backend='triton' was asked for""",
         ),
@@ -298,6 +311,7 @@ attention on cpu: no backend
 def test_prints_as_a_table(options, table: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(backends.get("triton"), "available", lambda device: None)  # on this CPU, whatever the machine
     monkeypatch.setattr(backends.get("cuda"), "available", lambda device: "it is not built")
+    monkeypatch.setattr(backends.get("cpu"), "available", lambda device: "it is not built either")
     q = torch.ones(1, 2, 5, 8, dtype=F64)
     assert str(fastattn.explain(fastattn.attention, q, q, q, **options)) == table.strip()
 

@@ -14,11 +14,11 @@ from types import ModuleType
 
 import torch
 
-from fastattn.backends import cuda, eager, reference, triton
+from fastattn.backends import cpu, cuda, eager, reference, triton
 from fastattn.errors import ArgumentError, ArgumentTypeError, UnsupportedError, kind
 from fastattn.spec import AttentionSpec, Spec
 
-_BACKENDS: dict[str, ModuleType] = {backend.NAME: backend for backend in (cuda, triton, eager, reference)}
+_BACKENDS: dict[str, ModuleType] = {backend.NAME: backend for backend in (cuda, triton, cpu, eager, reference)}
 ORDER: tuple[str, ...] = tuple(_BACKENDS)
 # Entries that a backend may leave out, the backward first.
 _DERIVATIVES: dict[type, tuple[str, ...]] = {AttentionSpec: ("attention_backward", "attention_tangents")}

@@ -69,6 +69,15 @@ def module(device: torch.device) -> ModuleType:
     return native.load_emulator() if device.type == "cpu" else native.load(capability(device))
 
 
+@functools.cache
+def _has_attention(device: torch.device) -> bool:
+    """A module may have been compiled for sm_90, whose instructions are not all of Hopper's."""
+    return device.type == "cpu" or hasattr(module(device), "attention_forward")
+
+
+_has_attention._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def unsupported(spec: Spec, device: torch.device) -> str | None:
     if isinstance(spec, AttentionSpec):
         return _unsupported_attention(spec, device)
@@ -88,6 +97,8 @@ def _unsupported_attention(spec: AttentionSpec, device: torch.device) -> str | N
         return "its attention is for Hopper (compute capability 9.0), this GPU has {}.{}".format(*capability(device))
     if spec.dtype not in (torch.float16, torch.bfloat16):
         return f"dtype {_name(spec.dtype)} (its attention has float16 and bfloat16)"
+    if not _has_attention(device):
+        return "it was compiled for sm_90, and its attention is for sm_90a: `python -m fastattn build --arch sm_90a`"
     if (spec.D, spec.D_v) not in HEAD_DIMS:
         return f"head dimensions {spec.D} of q and k, {spec.D_v} of v (it has 64, 96, 128, 192, 256, and 192 with 128)"
     for name in ("bias", "mask", "alibi", "sinks"):

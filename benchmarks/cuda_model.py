@@ -161,7 +161,7 @@ def read_loops(cubin: Path) -> list[Loop]:
                 opcodes=Counter(x.split()[0].split(".")[0] for x in path if not x.startswith("@")),
             )
         )
-    return sorted(loops, key=lambda x: (x.D, x.D_v))
+    return sorted(loops, key=lambda x: (x.D, x.D_v, x.BLOCK_M))
 
 
 @dataclass(frozen=True)
@@ -250,10 +250,11 @@ def print_predictions(loops: Sequence[Loop]) -> None:
     for x in loops:
         if x.D_v != x.D:
             continue
+        tile = f", {x.BLOCK_M}×{x.BLOCK_N}" if x.D == 64 else ""
         for causal in (False, True):
             published = PUBLISHED.get((x.D, causal), (None,) * len(LENGTHS))
             cells = [f"{predict(x, S, causal):.0f} / {p or '–'}" for S, p in zip(LENGTHS, published, strict=True)]
-            print(f"| D{x.D} {'causal' if causal else 'full'} | " + " | ".join(cells) + " |")
+            print(f"| D{x.D} {'causal' if causal else 'full'}{tile} | " + " | ".join(cells) + " |")
 
 
 def problems(loops: Sequence[Loop]) -> list[str]:

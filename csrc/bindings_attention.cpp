@@ -7,6 +7,6 @@ void bind_attention(pybind11::module_& m) {
   bindings::def_attention_forward<attention_forward>(
       m, "attention_forward", "o = softmax(f(q k^T)) v and its lse on sm_90a; see csrc/params.h.");
   m.def("attention_forward_config", &attention_forward_config, pybind11::arg("D"), pybind11::arg("D_v"),
-        "The tile configuration for these widths, as text; '' where there is none.");
+        pybind11::arg("S_q") = 4096, "The tile configuration for these sizes, as text; '' where there is none.");
 }
 #endif

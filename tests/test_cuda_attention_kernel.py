@@ -269,6 +269,11 @@ VARIANTS = {
     "pair": (case("", 140, 200, D=64, dtype=BF16), TILES),
     "eager": (TILES, case("", 70, 90, D=64, dtype=BF16, lengths=((60, 90), (40, 80)))),
     "deep": (TILES, case("", 100, 300, H=1, D=64, dtype=BF16, softcap=5.0)),
+    "long": (
+        TILES,
+        case("", 70, 90, D=64, dtype=BF16, lengths=((60, 90), (40, 80), (250, 250)), causal="bottom_right"),
+        case("", 100, 150, H=8, H_kv=1, D=64, dtype=BF16, window=(60, 10)),
+    ),
     "lone": (case("", 70, 360, D=128, dtype=BF16, causal="bottom_right"),),
 }
 
@@ -314,7 +319,7 @@ def notice(kernels: ModuleType, x: Case, bug: str) -> str:
 
 SEQUENCES_IN_A_TILE = case("", 40, 40, D=64, dtype=BF16, lengths=((40, 40), (30, 30)), causal="bottom_right")
 BUGS = {  # what is said of it, of the variant "small" and TILES unless the next table says otherwise
-    "NoInitSync": "mbarrier not initialised",
+    "NoInitSync": "mbarrier not initialised|mbarrier initialisation",
     "NoKeyFullWait": "wgmma_ss reads",
     "NoValueFullWait": "wgmma_rs reads",
     "NoKeyEmptyWait": "tma_load writes|too many arrivals",

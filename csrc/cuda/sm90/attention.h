@@ -8,5 +8,5 @@
 // take.
 void attention_forward(const AttentionForwardParams& x, void* stream);
 
-// The tile configuration for these widths, as text; empty where there is none.
-std::string attention_forward_config(int D, int D_v);
+// The tile configuration for these widths and this many queries, as text; empty where there is none.
+std::string attention_forward_config(int D, int D_v, int S_q);

@@ -75,9 +75,10 @@ struct AttentionConfig {
 };
 
 // Reasons are in docs/cuda-attention.md; none of this has been tuned on hardware.
-constexpr AttentionConfig forward_config(int D, int D_v) {
+// Queries of width 64 come in tiles of 128 where there are few: those of 192 would pad them, and leave SMs idle.
+constexpr AttentionConfig forward_config(int D, int D_v, bool few_queries) {
   //                                    D   D_v   M    N  stages p-p lazy poly degree cluster
-  if (D == 64) return AttentionConfig{64, D_v, 192, 128, 2, true, 8, 0, 3, 1};
+  if (D == 64) return AttentionConfig{64, D_v, few_queries ? 128 : 192, 128, 2, true, 8, 0, 3, 1};
   if (D == 96) return AttentionConfig{96, D_v, 128, 128, 2, true, 8, 0, 3, 2};
   if (D == 128) return AttentionConfig{128, D_v, 128, 128, 2, true, 8, 0, 3, 2};
   if (D == 192) return AttentionConfig{192, D_v, 128, 112, 2, true, 8, 0, 3, 2};
@@ -85,9 +86,9 @@ constexpr AttentionConfig forward_config(int D, int D_v) {
 }
 
 // A config as a type, for templates.
-template <int D_, int D_V_>
+template <int D_, int D_V_, bool FEW_QUERIES = false>
 struct Tuned {
-  static constexpr AttentionConfig value = forward_config(D_, D_V_);
+  static constexpr AttentionConfig value = forward_config(D_, D_V_, FEW_QUERIES);
 };
 
 }  // namespace sm90

@@ -3,10 +3,11 @@
 
 namespace {
 
-// Calls `run` with the config for these widths, as a type; returns whether there is one.
+// Calls `run` with the config for these widths and this many queries a sequence, as a type; returns whether there is one.
 template <class Run>
-bool with_config(int D, int D_v, const Run& run) {
+bool with_config(int D, int D_v, int queries, const Run& run) {
   using sm90::Tuned;
+  if (D == 64 && D_v == 64 && queries <= 2048) return run(Tuned<64, 64, true>{}), true;
   if (D == 64 && D_v == 64) return run(Tuned<64, 64>{}), true;
   if (D == 96 && D_v == 96) return run(Tuned<96, 96>{}), true;
   if (D == 128 && D_v == 128) return run(Tuned<128, 128>{}), true;
@@ -19,7 +20,8 @@ bool with_config(int D, int D_v, const Run& run) {
 }  // namespace
 
 void attention_forward(const AttentionForwardParams& x, void* stream) {
-  const bool known = with_config(x.D, x.D_v, [&](auto config) {
+  const int queries = x.cu_seqlens_q == nullptr || x.B == 0 ? x.S_q : x.S_q / x.B;
+  const bool known = with_config(x.D, x.D_v, queries, [&](auto config) {
     using Config = decltype(config);
     const auto launched = static_cast<cudaStream_t>(stream);
     if (x.dtype == AttentionDtype::Bf16) return sm90::launch_attention_forward<ptx::bf16, Config>(x, launched);
@@ -30,8 +32,8 @@ void attention_forward(const AttentionForwardParams& x, void* stream) {
                               " wide; accepted are 64, 96, 128, 192 and 256, the same for both, and 192 with 128.");
 }
 
-std::string attention_forward_config(int D, int D_v) {
+std::string attention_forward_config(int D, int D_v, int S_q) {
   std::string text;
-  with_config(D, D_v, [&](auto config) { text = config.value.describe(); });
+  with_config(D, D_v, S_q, [&](auto config) { text = config.value.describe(); });
   return text;
 }

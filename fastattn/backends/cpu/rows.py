@@ -151,12 +151,12 @@ def softmax_forward(y: Tensor, x: Tensor, mask: Tensor | None, spec: SoftmaxSpec
             sizes, y_at, x_at, None, (1, 1, 0), False, spec.scale, spec.log, False, 0, get_num_threads()
         )  # fmt: skip
         return
-    x, out = torch.atleast_1d(x, y)
-    mask = None if mask is None else mask.expand(x.shape)
-    found, columns, (out, x, mask) = _softmax_lines((out, x), mask, spec)
+    out, x = torch.atleast_1d(y, x)
+    tensors = (out, x) if mask is None else (out, x, mask.expand(x.shape))
+    found, columns, (out, *inputs) = _softmax_lines(tensors, 2, spec)
+    x_at, mask_at = (*(found.address(i + 1, t) for i, t in enumerate(inputs)), None)[:2]
     load().softmax_forward(
-        (*found.sizes, found.N), found.address(0, out), found.address(1, x),
-        None if mask is None else found.address(2, mask), (*found.along, 0)[:3], columns,
+        (*found.sizes, found.N), found.address(0, out), x_at, mask_at, (*found.along, 0)[:3], columns,
         spec.scale, spec.log, spec.causal, spec.shift(found.sizes[2], found.N) if spec.causal else 0, get_num_threads(),
     )  # fmt: skip
     if out.data_ptr() != y.data_ptr():
@@ -177,50 +177,42 @@ def softmax_backward(dx: Tensor | None, dy: Tensor | None, y: Tensor, mask: Tens
             spec.scale, spec.log, False, 0, get_num_threads(),
         )  # fmt: skip
         return
-    d, g, p = torch.atleast_1d(dx, dy, y)
-    mask = None if mask is None else mask.expand(p.shape)
-    found, columns, (d, g, p, mask) = _softmax_lines((d, g, p), mask, spec)
+    out, dy, y = torch.atleast_1d(dx, dy, y)
+    tensors = (out, dy, y) if mask is None else (out, dy, y, mask.expand(y.shape))
+    found, columns, (out, *inputs) = _softmax_lines(tensors, 3, spec)
+    dy_at, y_at, mask_at = (*(found.address(i + 1, t) for i, t in enumerate(inputs)), None)[:3]
     load().softmax_backward(
-        (*found.sizes, found.N), found.address(0, d), found.address(1, g), found.address(2, p),
-        None if mask is None else found.address(3, mask), (*found.along, 0)[:4], columns,
+        (*found.sizes, found.N), found.address(0, out), dy_at, y_at, mask_at, (*found.along, 0)[:4], columns,
         spec.scale, spec.log, spec.causal, spec.shift(found.sizes[2], found.N) if spec.causal else 0, get_num_threads(),
     )  # fmt: skip
-    if d.data_ptr() != dx.data_ptr():
-        dx.copy_(d.view(dx.shape))
+    if out.data_ptr() != dx.data_ptr():
+        dx.copy_(out.view(dx.shape))
 
 
-def _softmax_lines(
-    tensors: Sequence[Tensor], mask: Tensor | None, spec: SoftmaxSpec
-) -> tuple[Lines, bool, tuple[Tensor | None, ...]]:
-    """Lines of contiguous elements; or, True, of neighbours side by side. Tensors that have neither are copied."""
+def _softmax_lines(tensors: tuple[Tensor, ...], n: int, spec: SoftmaxSpec) -> tuple[Lines, bool, tuple[Tensor, ...]]:
+    """Of n tensors and perhaps a mask: lines of contiguous elements; or, True, of neighbours side by side. Tensors that
+    have neither are copied, the first of them, which is the result, too."""
     own = -2 if spec.causal else None
-    everything = tensors if mask is None else (*tensors, mask)
-    found = lines(everything, spec.dim, own)
+    found = lines(tensors, spec.dim, own)
     if found is not None:
-        n = len(tensors)
-        if all(step == 1 for step in found.along[:n]) or found.N == 1:
-            if mask is None or found.along[n] in (0, 1) or found.N == 1:
-                return found, False, (*tensors, mask)
-        elif not spec.causal and all(steps[2] == 1 for steps in found.steps[:n]):
-            return found, True, (*tensors, mask)
-    lead = [t.movedim(spec.dim, -1) for t in everything]
-    copies = [t.contiguous() for t in lead]
-    if copies[0].data_ptr() == tensors[0].data_ptr() and copies[0].stride() != tensors[0].stride():
-        copies[0] = lead[0].clone(memory_format=torch.contiguous_format)
+        if found.N == 1 or (all(step == 1 for step in found.along[:n]) and all(s in (0, 1) for s in found.along[n:])):
+            return found, False, tensors
+        if not spec.causal and all(steps[2] == 1 for steps in found.steps[:n]):
+            return found, True, tensors
+    copies = [t.movedim(spec.dim, -1).contiguous() for t in tensors]
     found = lines(copies, -1, own)
     assert found is not None  # contiguous tensors have one dimension of rows, or two
-    back = copies[0].movedim(-1, spec.dim)
-    return found, False, (back, *copies[1:], *(() if mask is not None else (None,)))
+    return found, False, (copies[0].movedim(-1, spec.dim), *copies[1:])
 
 
 _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
 
 
 def _pieces(
-    tensors: tuple[Tensor | None, ...], written: int
+    tensors: tuple[Tensor | None, ...],
 ) -> tuple[tuple[int, int, int], int, list, tuple[Tensor | None, ...]]:
-    """For an elementwise kernel: rows, their length, what it takes of each tensor, and the tensors, of which the first
-    `written` are results. They are copied if nothing along which all are contiguous is left."""
+    """For an elementwise kernel: rows, their length, what it takes of each tensor, and the tensors, which are copied if
+    there is no dimension along which all are contiguous."""
     first = next(t for t in tensors if t is not None)
     if all(t is None or t.is_contiguous() for t in tensors):
         return (1, 1, 1), first.numel(), [dense(t, 0) for t in tensors], tensors
@@ -247,10 +239,9 @@ def _put_back(tensors: Sequence[Tensor | None], used: Sequence[Tensor | None]) -
 def gated_forward(y: Tensor, gate: Tensor, up: Tensor, spec: GatedSpec) -> None:
     if y.numel() == 0:
         return
-    sizes, N, at, used = _pieces((y, gate, up), 1)
+    sizes, N, at, used = _pieces((y, gate, up))
     load().gated_forward(sizes, N, *at, _ACTIVATIONS[spec.activation], get_num_threads())
-    if used[0] is not y:
-        y.copy_(used[0])
+    _put_back((y,), used)
 
 
 def gated_backward(
@@ -258,7 +249,7 @@ def gated_backward(
 ) -> None:
     if gate.numel() == 0:
         return
-    sizes, N, at, used = _pieces((dgate, dup, dy, gate, up), 2)
+    sizes, N, at, used = _pieces((dgate, dup, dy, gate, up))
     load().gated_backward(sizes, N, *at, _ACTIVATIONS[spec.activation], get_num_threads())
     _put_back((dgate, dup), used)
 
@@ -274,7 +265,8 @@ def rotary_embedding(
 ) -> None:
     """For each pair (y, x), of which there are one or two: y is x rotated, or rotated back."""
     packed = pairs[0][0].dim() == 3
-    heads, kept, results = [], [], []
+    heads: list[tuple[int, ...]] = []
+    kept, results = [], []
     for y, x in pairs:
         out = y
         if y.stride(-1) != 1 and y.shape[-1] > 1:

@@ -26,8 +26,11 @@ OLDEST_TRITON := $(VENV)/triton-3.6.0
 demo: $(READY)
 	$(BIN)/python examples/train_lm.py $(DEMO_ARGS)
 
+# Without a C++ compiler the native kernels are not there, and their tests are skipped.
 # One thread a worker: the tests are many small calls, and workers share the cores already.
 test: $(READY)
+	-$(BIN)/python -m fastattn build --cpu
+	-$(BIN)/python -m fastattn build --emulator
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" -n auto --maxprocesses 8 $(TEST_ARGS)
 
 lint: $(READY)

@@ -74,8 +74,8 @@ void norm_forward(const RowsArgument& y, const RowsArgument& h, uintptr_t stats,
 }
 
 void norm_backward(const RowsArgument& dx, const VectorArgument& dweight, const VectorArgument& dbias,
-                   const RowsArgument& dresidual, uintptr_t dweight_parts, uintptr_t dbias_parts, const RowsArgument& dy,
-                   const RowsArgument& dh, const RowsArgument& h, const VectorArgument& weight, uintptr_t stats,
+                   const RowsArgument& dresidual, uintptr_t dweight_parts, uintptr_t dbias_parts,
+                   const RowsArgument& dy, const RowsArgument& dh, const RowsArgument& h, const VectorArgument& weight, uintptr_t stats,
                    int x_dtype, int64_t M, int64_t N, int64_t R1, int64_t R2, bool rms, float weight_offset,
                    uintptr_t stream) {
   const rows::NormBackward p{walk(M, N, R1, R2), matrix(dx), matrix(dresidual), matrix(dy), matrix(h), matrix(dh),
@@ -106,7 +106,8 @@ rows::Softmax softmax(const RowsArgument& out, const RowsArgument& x, const Rows
 
 void softmax_forward(const RowsArgument& y, const RowsArgument& x, const MaskArgument& mask, int64_t M, int64_t N,
                      int64_t R1, int64_t R2, float scale, bool log, bool causal, int64_t diagonal, uintptr_t stream) {
-  rows::softmax_forward(softmax(y, x, std::nullopt, mask, M, N, R1, R2, scale, log, causal, diagonal), stream_of(stream));
+  const rows::Softmax p = softmax(y, x, std::nullopt, mask, M, N, R1, R2, scale, log, causal, diagonal);
+  rows::softmax_forward(p, stream_of(stream));
 }
 
 void softmax_backward(const RowsArgument& dx, const RowsArgument& dy, const RowsArgument& y, const MaskArgument& mask,
@@ -219,23 +220,23 @@ shifted: rows begin off alignment; clusters: the GPU has them; shared: bytes of 
         "R1"_a, "R2"_a, "rms"_a, "eps"_a, "weight_offset"_a, "stream"_a, Released(),
         R"(LayerNorm or RMSNorm of h = residual + x, or of x: fills y, h and stats.
 
-y, h, x, residual: (address, dtype, step0, step1, step2) of (M, N), elements of a row next to one another; h and residual
-None without a residual. y is of x's dtype or FLOAT32; residual and h are of one dtype, x's or FLOAT32.
+y, h, x, residual: (address, dtype, step0, step1, step2) of (M, N), elements of a row next to one another; h and
+residual None without a residual. y is of x's dtype or FLOAT32; residual and h are of one dtype, x's or FLOAT32.
 weight, bias: (address, dtype) of (N,), contiguous, of x's dtype or FLOAT32, or None.
 stats: address of (2, M) fp32, mean and rstd; with rms (1, M), rstd.)");
   m.def("norm_backward_parts",
         [](int64_t M, int64_t N, int x_dtype, int h_dtype) {
-          walk(M, N, 1, M);
-          return rows::norm_backward_parts(static_cast<int>(M), static_cast<int>(N), dtype_of(x_dtype), dtype_of(h_dtype));
+          const rows::Walk w = walk(M, N, 1, M);
+          return rows::norm_backward_parts(w.M, w.N, dtype_of(x_dtype), dtype_of(h_dtype));
         },
-        "M"_a, "N"_a, "x_dtype"_a, "h_dtype"_a, "Rows P of norm_backward's dweight_parts and dbias_parts on this device.");
+        "M"_a, "N"_a, "x_dtype"_a, "h_dtype"_a, "Rows P of norm_backward's dweight_parts and dbias_parts, on this GPU.");
   m.def("norm_backward", &norm_backward, "dx"_a, "dweight"_a, "dbias"_a, "dresidual"_a, "dweight_parts"_a,
-        "dbias_parts"_a, "dy"_a, "dh"_a, "h"_a, "weight"_a, "stats"_a, "x_dtype"_a, "M"_a, "N"_a, "R1"_a, "R2"_a, "rms"_a,
-        "weight_offset"_a, "stream"_a, Released(),
+        "dbias_parts"_a, "dy"_a, "dh"_a, "h"_a, "weight"_a, "stats"_a, "x_dtype"_a, "M"_a, "N"_a, "R1"_a, "R2"_a,
+        "rms"_a, "weight_offset"_a, "stream"_a, Released(),
         R"(Gradients of norm_forward: fills those of dx, dresidual, dweight and dbias that are not None.
 
-dx, dresidual, dy, dh, h: (address, dtype, step0, step1, step2) of (M, N). dx is of x_dtype, dy of that or FLOAT32; h, what
-was normalised, dresidual and dh, its gradient beside that through y, or None, are of one dtype, x_dtype or FLOAT32.
+dx, dresidual, dy, dh, h: (address, dtype, step0, step1, step2) of (M, N). dx is of x_dtype, dy of that or FLOAT32; h,
+what was normalised, dresidual and dh, its gradient beside that through y, or None, are of one dtype, x_dtype or FLOAT32.
 dweight, dbias: (address, dtype) of (N,), or None; dweight_parts, dbias_parts: address of (P, N) fp32 for each, or 0,
 P = norm_backward_parts(M, N, x_dtype, dtype of h). weight: (address, dtype) of (N,), or None. stats: as filled.)");
 
@@ -243,8 +244,8 @@ P = norm_backward_parts(M, N, x_dtype, dtype of h). weight: (address, dtype) of 
         "causal"_a, "diagonal"_a, "stream"_a, Released(),
         R"(Fills y, softmax or log_softmax of scale · x over each row's visible entries; y may be x.
 
-y, x: (address, dtype, step0, step1, step2) of (M, N), of one dtype. mask: (address, step0, step1, step2, step_n) of bool
-(M, N), any steps, 0 included, or None. causal: row (i0, i1, i2) sees n <= i2 + diagonal.)");
+y, x: (address, dtype, step0, step1, step2) of (M, N), of one dtype. mask: (address, step0, step1, step2, step_n) of
+bool (M, N), any steps, 0 included, or None. causal: row (i0, i1, i2) sees n <= i2 + diagonal.)");
   m.def("softmax_backward", &softmax_backward, "dx"_a, "dy"_a, "y"_a, "mask"_a, "M"_a, "N"_a, "R1"_a, "R2"_a, "scale"_a,
         "log"_a, "causal"_a, "diagonal"_a, "stream"_a, Released(),
         "Fills dx from dy and softmax_forward's y; all three of one dtype. The rest as of softmax_forward.");
@@ -254,10 +255,10 @@ y, x: (address, dtype, step0, step1, step2) of (M, N), of one dtype. mask: (addr
         "label_smoothing"_a, "z_loss"_a, "softcap"_a, "stream"_a, Released(),
         R"(Losses of M rows of N logits, not reduced, and what there is of the other outputs.
 
-loss: (address, dtype, step0, step1, step2) of (M,), of the logits' dtype or FLOAT32. row_max, log_sum: address of fp32 by
-loss's steps, or 0. dlogits, logits: (address, dtype, step0, step1, step2) of (M, N), of one dtype; dlogits may be logits,
-or None. target: (address, whether int64 and not int32, step0, step1, step2) of (M,). weight: (address, dtype) of (N,), of
-the logits' dtype or FLOAT32, or None; not together with label_smoothing. divisor: address of fp32 (1,) that dlogits is
+loss: (address, dtype, step0, step1, step2) of (M,), of the logits' dtype or FLOAT32. row_max, log_sum: address of fp32
+by loss's steps, or 0. dlogits, logits: (address, dtype, step0, step1, step2) of (M, N), of one dtype; dlogits may be
+logits, or None. target: (address, whether int64 and not int32, step0, step1, step2) of (M,). weight: (address, dtype)
+of (N,), of the logits' dtype or FLOAT32, or None; not together with label_smoothing. divisor: address of fp32 (1,) that dlogits is
 divided by, or 0. dloss: (address, FLOAT32, steps) of (M,), a factor on dlogits, or None. softcap: 0 for none.)");
   m.def("cross_entropy_backward", &cross_entropy_backward, "dlogits"_a, "dloss"_a, "logits"_a, "target"_a, "weight"_a,
         "row_max"_a, "log_sum"_a, "divisor"_a, "M"_a, "N"_a, "R1"_a, "R2"_a, "ignore_index"_a, "label_smoothing"_a,
@@ -269,12 +270,13 @@ dloss: (address, dtype, step0, step1, step2) of (M,), of the logits' dtype or FL
   m.def("scale_rows", &scale_rows, "out"_a, "x"_a, "factor"_a, "M"_a, "N"_a, "R1"_a, "R2"_a, "stream"_a, Released(),
         R"(out = factor · x, row by row; out may be x, and rows of factor 1 are then not touched.
 
-out, x: (address, dtype, step0, step1, step2) of (M, N), of one dtype. factor: the same of (M,), of that dtype or FLOAT32.)");
+out, x: (address, dtype, step0, step1, step2) of (M, N), of one dtype. factor: the same of (M,), of that dtype or
+FLOAT32.)");
 
   m.def("sum_partials", &rows::sum_partials, "P"_a, "Floats of `partial` that sum_values and count_classes need.");
   m.def("count_classes", &count_classes, "out"_a, "partial"_a, "target"_a, "target_64"_a, "weight"_a, "ignore_index"_a,
         "P"_a, "N"_a, "stream"_a, Released(),
-        R"(out (1,) fp32 = Σ of the weights of P classes (without weight: 1 each), but of those that are ignore_index or none of N.
+        R"(out (1,) fp32 = Σ of the weights of P classes, 1 each without weight; but not of ignore_index, nor of none of N.
 
 out, partial, target: addresses; target (P,) contiguous, int64 or int32. weight: (address, dtype) of (N,), or None.)");
   m.def("sum_values", &sum_values, "out"_a, "partial"_a, "values"_a, "divisor"_a, "P"_a, "stream"_a, Released(),

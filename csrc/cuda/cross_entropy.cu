@@ -1,4 +1,5 @@
-// Cross entropy of logits with classes: the loss and its gradient in one pass over the logits; and from kept statistics.
+// Cross entropy of logits with classes: the loss and its gradient in one pass over the logits; and from kept
+// statistics.
 //
 //   s = softcap · tanh(x / softcap)   or x          log p_j = (s_j - max s) - log Σ exp(s_l - max s)
 //   loss of a row = -Σ_j q_j log p_j + z_loss · lse²          lse = max s + log Σ exp(s_l - max s)
@@ -6,9 +7,9 @@
 //   dx_j = (Σ q p_j - q_j + 2 z_loss lse p_j) · ds_j / dx_j   ds / dx = 1 - (s / softcap)²  or 1
 //
 // logits and dlogits (M, N); loss, row_max, log_sum (M,). The registers of a CTA, or of a cluster, hold the row between
-// the pass for maximum and sum and the pass for the gradient, and shared memory what they cannot; a row to be ignored is
-// not read. dlogits may be logits: an element is read for the last time by the thread that writes it, before it does, and
-// the logit of the class comes with the reduction, from the thread that holds it. The arithmetic is fp32.
+// the pass for maximum and sum and the pass for the gradient, and shared memory what they cannot; a row to be ignored
+// is not read. dlogits may be logits: an element is read for the last time by the thread that writes it, before it
+// does, and the logit of the class comes with the reduction, from the thread that holds it. The arithmetic is fp32.
 #include <rows/chunk.h>
 #include <rows/class_of_row.h>
 #include <rows/cross_entropy.h>
@@ -26,7 +27,8 @@ struct RowGradient {
   float q_t, q_all;
   float factor;
 
-  __device__ __forceinline__ RowGradient(const CrossEntropy& p, const ClassOfRow& row, float max, float log_sum, float sum)
+  __device__ __forceinline__ RowGradient(
+      const CrossEntropy& p, const ClassOfRow& row, float max, float log_sum, float sum)
       : row(row), max(max), total(((1.f - p.smoothing) * row.weight + p.smoothing) / sum),
         pull(2.f * p.z_loss * (max + log_sum) / sum), q_t((1.f - p.smoothing) * row.weight),
         q_all(p.smoothing / p.walk.N), factor(1.f + row.poison) {
@@ -221,7 +223,7 @@ template <class T> static RowProblem problem_of(const Walk& walk, bool keeps) {
 
 static void refuse(const CrossEntropy& p) {
   if (p.weight.data && p.smoothing > 0.f)
-    throw std::invalid_argument("cross_entropy: weight and label_smoothing together are not supported by the CUDA kernels");
+    throw std::invalid_argument("cross_entropy: weight and label_smoothing cannot be given together to these kernels");
   const Dtype dtype = p.logits.dtype;
   require(p.dlogits, "cross_entropy: dlogits", dtype, dtype);
   require(p.loss, "cross_entropy: loss", dtype, Dtype::Float32);

@@ -1,7 +1,7 @@
 // LayerNorm and RMSNorm over rows, behind a residual sum, forward and backward.
 //
 //   h = residual + x, rounded to residual's type;   x where there is no residual
-//   LayerNorm   x̂ = (h - mean) · rstd      rstd = 1 / √(Σ (h - mean)² / N + eps)     y = x̂ · (offset + weight) + bias
+//   LayerNorm   x̂ = (h - mean) · rstd    rstd = 1 / √(Σ (h - mean)² / N + eps)   y = x̂ · (offset + weight) + bias
 //   RMSNorm     x̂ = h · rstd               rstd = 1 / √(Σ h² / N + eps)
 //
 //   g = dy · (offset + weight)
@@ -12,8 +12,9 @@
 // The arithmetic is fp32. A thread takes the mean and the squares about it of what it holds; these are merged by Chan's
 // formula, never E[h²] - E[h]².
 //
-// The backward stays: a CTA, or a cluster, takes every P-th row, and sums dweight and dbias in registers into one row of
-// parts (P, N); a second kernel adds these up in order. Rows of more than one chunk add to their row of parts in memory.
+// The backward stays: a CTA, or a cluster, takes every P-th row, and sums dweight and dbias in registers into one row
+// of parts (P, N); a second kernel adds these up in order. Rows of more than one chunk add to their row of parts in
+// memory.
 #include <rows/chunk.h>
 #include <rows/launch_rows.h>
 #include <rows/layer_norm.h>
@@ -45,7 +46,8 @@ __device__ __forceinline__ void store_row(const Matrix& m, const Place& at, int 
 
 // Count, mean and squares of this thread's part of a chunk.
 template <bool WHOLE, class H, int E, int PACKS, class Planted>
-__device__ __forceinline__ Moments chunk_moments(const Chunk<H, E, PACKS, Planted>& h, const Team<Planted>& team, int c, int N) {
+__device__ __forceinline__ Moments chunk_moments(
+    const Chunk<H, E, PACKS, Planted>& h, const Team<Planted>& team, int c, int N) {
   float sum = 0.f, count = 0.f;
 #pragma unroll
   for (int v = 0; v < PACKS; ++v) {
@@ -91,8 +93,10 @@ norm_forward_kernel(const __grid_constant__ NormForward p) {
     for (int c = 0; c <= last; ++c) {
       if (!p.residual.data) {
 #pragma unroll
-        for (int v = 0; v < PACKS; ++v)
-          h.pack[v] = load<H, E, Read::Streaming, WHOLE>(row_of<H>(p.x, at), pack_begin<E, PACKS>(team, c, v, 0), N, p.x.wide);
+        for (int v = 0; v < PACKS; ++v) {
+          const int n0 = pack_begin<E, PACKS>(team, c, v, 0);
+          h.pack[v] = load<H, E, Read::Streaming, WHOLE>(row_of<H>(p.x, at), n0, N, p.x.wide);
+        }
       } else {
         Pack<X, E> x[PACKS];
 #pragma unroll
@@ -141,8 +145,10 @@ norm_forward_kernel(const __grid_constant__ NormForward p) {
       } else if (c < last) {
         const Matrix& source = p.residual.data ? p.h : p.x;
 #pragma unroll
-        for (int v = 0; v < PACKS; ++v)
-          h.pack[v] = load<H, E, Read::Coherent, WHOLE>(row_of<H>(source, at), pack_begin<E, PACKS>(team, c, v, 0), N, source.wide);
+        for (int v = 0; v < PACKS; ++v) {
+          const int n0 = pack_begin<E, PACKS>(team, c, v, 0);
+          h.pack[v] = load<H, E, Read::Coherent, WHOLE>(row_of<H>(source, at), n0, N, source.wide);
+        }
       }
 #pragma unroll
       for (int v = 0; v < PACKS; ++v) {
@@ -349,7 +355,7 @@ template <class F> static void with_dtypes(Dtype x, Dtype h, F f) {
   with_dtype(x, [&](auto x_zero) {
     if (h == x) f(x_zero, x_zero);
     else if (h == Dtype::Float32) f(x_zero, float{});
-    else throw std::invalid_argument("norm: residual is of another 16-bit dtype than x; accepted are x's dtype and float32");
+    else throw std::invalid_argument("norm: residual is of another 16-bit dtype than x; it must be of x's or float32");
   });
 }
 
@@ -371,7 +377,9 @@ void norm_forward(NormForward p, cudaStream_t stream) {
     const LaunchShape shape = shape_of(config, p.walk);
     with_bool(whole(p.walk, E, {&p.y, &p.h, &p.x, &p.residual}, {&p.weight, &p.bias}), [&](auto is_whole) {
       constexpr bool WHOLE = decltype(is_whole)::value;
-      with_bugs<X>([&](auto planted) { launch(norm_forward_kernel<X, H, WHOLE, decltype(planted)>, shape, stream, p); });
+      with_bugs<X>([&](auto planted) {
+        launch(norm_forward_kernel<X, H, WHOLE, decltype(planted)>, shape, stream, p);
+      });
     });
   });
 }
@@ -413,7 +421,8 @@ void norm_backward(NormBackward p, Dtype x, const Vector& dweight, const Vector&
     LaunchShape shape = shape_of(config, p.walk);
     const int P = parts_of(config, p.walk.M);
     if (sums) shape.grid.x = P * config.cluster;
-    const bool lean = config.chunks == 1 && whole(p.walk, PACK<X>, {&p.dx, &p.dresidual, &p.dy, &p.h, &p.dh}, {&p.weight});
+    const bool lean =
+        config.chunks == 1 && whole(p.walk, PACK<X>, {&p.dx, &p.dresidual, &p.dy, &p.h, &p.dh}, {&p.weight});
     with_bugs<X>([&](auto planted) {
       using Planted = decltype(planted);
       if (lean) launch(norm_backward_kernel<X, H, true, true, Planted>, shape, stream, p);

@@ -14,7 +14,9 @@ namespace rows {
 constexpr int64_t SLICE = 16 * MAX_THREADS;  // values of a CTA, at least
 constexpr int MOST_SLICES = 256;
 
-__device__ __forceinline__ float load_value(const SumValues& p, int64_t i) { return ptx::ld_global_streaming(p.values + i); }
+__device__ __forceinline__ float load_value(const SumValues& p, int64_t i) {
+  return ptx::ld_global_streaming(p.values + i);
+}
 __device__ __forceinline__ float divided(const SumValues& p, float sum) { return p.divisor ? sum / *p.divisor : sum; }
 
 __device__ __forceinline__ float load_value(const CountClasses& p, int64_t i) {
@@ -25,9 +27,10 @@ __device__ __forceinline__ float load_value(const CountClasses& p, int64_t i) {
 __device__ __forceinline__ float divided(const CountClasses&, float sum) { return sum; }
 
 __device__ __forceinline__ void store_sum(const Vector& out, float sum) {
-  if (out.dtype == Dtype::Float32) static_cast<float*>(out.data)[blockIdx.x] = sum;
-  else if (out.dtype == Dtype::Bfloat16) static_cast<ptx::bf16*>(out.data)[blockIdx.x] = ptx::from_float<ptx::bf16>(sum);
-  else static_cast<ptx::fp16*>(out.data)[blockIdx.x] = ptx::from_float<ptx::fp16>(sum);
+  const unsigned i = blockIdx.x;
+  if (out.dtype == Dtype::Float32) static_cast<float*>(out.data)[i] = sum;
+  else if (out.dtype == Dtype::Bfloat16) static_cast<ptx::bf16*>(out.data)[i] = ptx::from_float<ptx::bf16>(sum);
+  else static_cast<ptx::fp16*>(out.data)[i] = ptx::from_float<ptx::fp16>(sum);
 }
 
 template <class Params> __global__ void __launch_bounds__(MAX_THREADS) sum_kernel(const __grid_constant__ Params p) {

@@ -181,7 +181,9 @@ void softmax_forward(Softmax p, cudaStream_t stream) {
     const LaunchShape shape = shape_of(choose(problem, limits(softmax_forward_kernel<T, false>)), p.walk);
     with_bool(whole(p.walk, E, {&p.out, &p.x}), [&](auto is_whole) {
       constexpr bool WHOLE = decltype(is_whole)::value;
-      with_bugs<T>([&](auto planted) { launch(softmax_forward_kernel<T, WHOLE, decltype(planted)>, shape, stream, p); });
+      with_bugs<T>([&](auto planted) {
+        launch(softmax_forward_kernel<T, WHOLE, decltype(planted)>, shape, stream, p);
+      });
     });
   });
 }
@@ -195,7 +197,9 @@ void softmax_backward(Softmax p, cudaStream_t stream) {
     const LaunchShape shape = shape_of(choose(problem, limits(softmax_backward_kernel<T, false>)), p.walk);
     with_bool(whole(p.walk, E, {&p.out, &p.x, &p.y}), [&](auto is_whole) {
       constexpr bool WHOLE = decltype(is_whole)::value;
-      with_bugs<T>([&](auto planted) { launch(softmax_backward_kernel<T, WHOLE, decltype(planted)>, shape, stream, p); });
+      with_bugs<T>([&](auto planted) {
+        launch(softmax_backward_kernel<T, WHOLE, decltype(planted)>, shape, stream, p);
+      });
     });
   });
 }

@@ -1,6 +1,6 @@
-// A row in chunks: a thread holds PACKS packs of a chunk in registers. The first pass over a row runs through its chunks
-// forwards, the second backwards: the last chunk is still in registers, those that fit come from shared memory, where
-// each thread keeps its own, and the rest is read again, mostly from L2.
+// A row in chunks: a thread holds PACKS packs of a chunk in registers. The first pass over a row runs through its
+// chunks forwards, the second backwards: the last chunk is still in registers, those that fit come from shared memory,
+// where each thread keeps its own, and the rest is read again, mostly from L2.
 #pragma once
 #include <params_rows.h>
 #include <ptx/shared.h>

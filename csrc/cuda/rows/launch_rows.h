@@ -43,7 +43,8 @@ inline void align(Vector& v, int E) { v.wide = reinterpret_cast<uintptr_t>(v.dat
 
 // Whether the rows of both matrices lie alike between 16-byte boundaries.
 inline bool alike(const Matrix& a, const Matrix& b) {
-  bool same = reinterpret_cast<uintptr_t>(a.data) % 16 == reinterpret_cast<uintptr_t>(b.data) % 16 && a.dtype == b.dtype;
+  const auto begin = [](const Matrix& m) { return reinterpret_cast<uintptr_t>(m.data) % 16; };
+  bool same = begin(a) == begin(b) && a.dtype == b.dtype;
   for (int d = 0; d < 3; ++d) same &= (a.step[d] - b.step[d]) * size_of(a.dtype) % 16 == 0;
   return same;
 }
@@ -87,7 +88,8 @@ inline LaunchShape shape_of(const RowConfig& config, Walk& walk) {
   const int groups = (walk.M + config.rows_per_cta() - 1) / config.rows_per_cta();
   const int64_t ctas = int64_t(groups) * config.cluster;
   const int most = INT32_MAX / config.cluster * config.cluster;
-  return {dim3(static_cast<unsigned>(std::min<int64_t>(ctas, most))), config.threads, config.shared_bytes, config.cluster};
+  const dim3 grid(static_cast<unsigned>(std::min<int64_t>(ctas, most)));
+  return {grid, config.threads, config.shared_bytes, config.cluster};
 }
 
 }  // namespace rows

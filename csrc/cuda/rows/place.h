@@ -34,7 +34,8 @@ template <class T> __device__ __forceinline__ int shift_of(const Walk& walk, con
 // A number of a column whose dtype is T or fp32.
 template <class T> __device__ __forceinline__ float load_number(const Column& c, const Place& at) {
   const int64_t i = offset(at, c.step);
-  return c.dtype == Dtype::Float32 ? static_cast<const float*>(c.data)[i] : ptx::to_float(static_cast<const T*>(c.data)[i]);
+  if (c.dtype == Dtype::Float32) return static_cast<const float*>(c.data)[i];
+  return ptx::to_float(static_cast<const T*>(c.data)[i]);
 }
 template <class T> __device__ __forceinline__ void store_number(const Column& c, const Place& at, float v) {
   const int64_t i = offset(at, c.step);

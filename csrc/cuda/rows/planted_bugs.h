@@ -1,5 +1,5 @@
-// Mistakes that the tests plant in the row kernels, to prove that they would notice. A kernel asks Planted::has(Bug::…);
-// for NoBugs that is a constant, and nothing of it is left in the compiled kernel.
+// Mistakes that the tests plant in the row kernels, to prove that they would notice. A kernel asks
+// Planted::has(Bug::…); for NoBugs that is a constant, and nothing of it is left in the compiled kernel.
 #pragma once
 #include <ptx/language.h>
 

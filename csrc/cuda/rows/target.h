@@ -10,7 +10,8 @@ namespace rows {
 // translated by the driver.
 template <class Kernel> bool supports_clusters(Kernel kernel) {
   cudaFuncAttributes attributes{};
-  detail::check(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)), "read a kernel's attributes");
+  const void* function = reinterpret_cast<const void*>(kernel);
+  detail::check(cudaFuncGetAttributes(&attributes, function), "read a kernel's attributes");
   return attributes.ptxVersion >= 90;
 }
 

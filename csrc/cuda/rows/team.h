@@ -1,4 +1,5 @@
-// The threads that share a row: 8 to 512 of one CTA, or the CTAs of a cluster; and the reduction of one value per thread.
+// The threads that share a row: 8 to 512 of one CTA, or the CTAs of a cluster; and the reduction of one value per
+// thread.
 //
 // V is a struct of FIELDS floats `field` and merge(lower, upper). Merging is ordered by thread, so that every thread of
 // the row gets the same bits. Lanes by shuffles; warps through shared memory; CTAs through one another's shared memory.
@@ -68,9 +69,9 @@ template <class Planted> struct Team {
       if (cluster > 1) {
         const uint32_t totals = turn + MAX_WARPS * SLOT;
         if (thread < cluster) {
+          const int to = Planted::has(Bug::OwnTotals) ? rank : thread;
 #pragma unroll
-          for (int f = 0; f < V::FIELDS; ++f)
-            ptx::st_shared_cluster(totals + rank * SLOT + 4 * f, Planted::has(Bug::OwnTotals) ? rank : thread, v.field[f]);
+          for (int f = 0; f < V::FIELDS; ++f) ptx::st_shared_cluster(totals + rank * SLOT + 4 * f, to, v.field[f]);
         }
         if (!Planted::has(Bug::NoClusterSync)) ptx::cluster_sync();
         v = butterfly(read<V>(totals + (lane & (cluster - 1)) * SLOT), cluster);

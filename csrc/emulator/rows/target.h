@@ -21,7 +21,9 @@ struct PlantedBug {
 
 template <class Kernel> bool supports_clusters(Kernel) { return emulated_clusters; }
 
-inline RowLimits limits_on(bool clusters, int shared) { return {clusters, std::min(shared, most_shared), most_threads}; }
+inline RowLimits limits_on(bool clusters, int shared) {
+  return {clusters, std::min(shared, most_shared), most_threads};
+}
 
 template <class T, class F> void with_bugs(F f) {
   if constexpr (std::is_same_v<T, float>) {

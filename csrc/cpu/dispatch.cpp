@@ -59,11 +59,15 @@ Isa chosen() {
   return Isa::baseline;
 }
 
-// One piece of memory is kept for the next call: fresh memory costs a page fault for every 4 KiB.
-constexpr size_t MOST_POOLED = size_t(32) << 20;
+// A few pieces of memory are kept for the next call: fresh memory costs a page fault for every 4 KiB.
+constexpr size_t LARGEST_POOLED = size_t(16) << 20;
+constexpr int MOST_POOLED = 4;
+struct Piece {
+  char* data = nullptr;
+  size_t bytes = 0;
+};
 std::mutex pool_lock;
-char* pooled = nullptr;
-size_t pooled_bytes = 0;
+Piece pool[MOST_POOLED];
 
 std::atomic<int> current{-1};  // -1: not chosen yet
 
@@ -97,9 +101,12 @@ Scratch::Scratch(size_t bytes) : bytes_((bytes + 63) / 64 * 64), data_(nullptr) 
   if (bytes_ == 0) return;
   {
     const std::lock_guard<std::mutex> guard(pool_lock);
-    if (pooled_bytes >= bytes_) {
-      data_ = std::exchange(pooled, nullptr);
-      bytes_ = std::exchange(pooled_bytes, 0);
+    Piece* smallest = nullptr;  // of those that are large enough
+    for (Piece& piece : pool)
+      if (piece.bytes >= bytes_ && (smallest == nullptr || piece.bytes < smallest->bytes)) smallest = &piece;
+    if (smallest != nullptr) {
+      data_ = std::exchange(smallest->data, nullptr);
+      bytes_ = std::exchange(smallest->bytes, 0);
       return;
     }
   }
@@ -109,11 +116,14 @@ Scratch::Scratch(size_t bytes) : bytes_((bytes + 63) / 64 * 64), data_(nullptr) 
 
 Scratch::~Scratch() {
   if (data_ == nullptr) return;
-  if (bytes_ <= MOST_POOLED) {
+  if (bytes_ <= LARGEST_POOLED) {  // in place of the smallest piece, if that is smaller
     const std::lock_guard<std::mutex> guard(pool_lock);
-    if (bytes_ > pooled_bytes) {
-      std::swap(data_, pooled);
-      std::swap(bytes_, pooled_bytes);
+    Piece* smallest = pool;
+    for (Piece& piece : pool)
+      if (piece.bytes < smallest->bytes) smallest = &piece;
+    if (bytes_ > smallest->bytes) {
+      std::swap(data_, smallest->data);
+      std::swap(bytes_, smallest->bytes);
     }
   }
   std::free(data_);

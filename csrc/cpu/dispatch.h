@@ -13,7 +13,13 @@ namespace fastattn {
 
 enum class Isa { baseline, avx2, avx512, avx512_bf16 };
 
-#if defined(__x86_64__)
+#if defined(FASTATTN_ONLY_ISA)  // a module for one set alone, as tests with sanitizers build it
+#define FASTATTN_FOR_EACH_ISA(declaration) \
+  namespace FASTATTN_ONLY_ISA {            \
+  declaration                              \
+  }
+#define FASTATTN_CALL(call) (FASTATTN_ONLY_ISA::call)
+#elif defined(__x86_64__)
 #define FASTATTN_FOR_EACH_ISA(declaration) \
   namespace baseline {                     \
   declaration                              \

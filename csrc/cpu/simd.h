@@ -43,7 +43,7 @@ typedef uint32_t UInt __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Half __attribute__((vector_size(2 * LANES)));
 typedef uint8_t Byte __attribute__((vector_size(LANES)));
 typedef Vec UnalignedVec __attribute__((aligned(4), may_alias));
-typedef Int UnalignedInt __attribute__((aligned(4), may_alias));
+typedef Int UnalignedInt __attribute__((aligned(1), may_alias));  // also of pairs of bf16
 
 template <class T>
 FASTATTN_INLINE T smaller(T a, T b) { return b < a ? b : a; }

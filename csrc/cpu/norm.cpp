@@ -38,38 +38,39 @@ struct Sums {
   float mean, squares;  // about the mean
 };
 
-// Of h about a number `centre`; `off` is how far that is from the mean
+// Of h about a number `centre`; `off` is how far that is from the mean; share = 1 / N
 template <class H>
-Sums sums_about(const H* h, int64_t N, float centre, float& off) {
+Sums sums_about(const H* h, int64_t N, float share, float centre, float& off) {
   Vec errors[SUMS] = {}, parts[SUMS] = {};
   for_columns<SUMS>(N, [&](int64_t n, auto part, int k) FASTATTN_LAMBDA {
     const Vec centred = only(part, load(h + n, part) - broadcast(centre));
     errors[k] += centred;
     parts[k] = fma(centred, centred, parts[k]);
   });
-  off = total_of(errors) / (float)N;
+  off = total_of(errors) * share;
   return {centre + off, total_of(parts) - off * off * (float)N};
 }
 
 template <bool RMS, class H>
 Moments moments(const H* h, int64_t N, float eps) {
-  const float count = (float)N;
+  const float share = 1.f / (float)N;
   if (RMS) {
     Vec parts[SUMS] = {};
     for_columns<SUMS>(N, [&](int64_t n, auto part, int k) FASTATTN_LAMBDA {
       const Vec v = load(h + n, part);
       parts[k] = fma(v, v, parts[k]);
     });
-    return {0.f, 1.f / __builtin_sqrtf(total_of(parts) / count + eps)};
+    return {0.f, 1.f / __builtin_sqrtf(total_of(parts) * share + eps)};
   }
   const int64_t beginning = smaller<int64_t>(N, 4 * LANES);
   Vec begun{};
   for_columns<1>(beginning, [&](int64_t n, auto part, int) FASTATTN_LAMBDA { begun += load(h + n, part); });
   float off;
-  Sums sums = sums_about(h, N, reduce_sum(begun) / (float)beginning, off);
+  const float centre = reduce_sum(begun) * (beginning == N ? share : 1.f / (4 * LANES));
+  Sums sums = sums_about(h, N, share, centre, off);
   // Their difference was one of numbers up to 1¼ times as large; or NaN, for which nothing helps.
-  if (off * off * count > 0.25f * sums.squares) sums = sums_about(h, N, sums.mean, off);
-  return {sums.mean, 1.f / __builtin_sqrtf(sums.squares / count + eps)};
+  if (off * off * (float)N > 0.25f * sums.squares) sums = sums_about(h, N, share, sums.mean, off);
+  return {sums.mean, 1.f / __builtin_sqrtf(sums.squares * share + eps)};
 }
 
 // y = x̂ · weight + bias

@@ -250,7 +250,7 @@ def test_threads_agree(isa, threads):
         assert all(torch.equal(one, other) for other in others)
 
 
-def test_one_dropout_mask_in_every_instruction_set(threads):
+def test_one_dropout_mask_in_every_instruction_set():
     """And in every backend: x is dropped where h is the residual."""
     x, residual = make_inputs((40, 301), (40, 301))
     masks = []

@@ -137,7 +137,8 @@ def _name(dtype: torch.dtype) -> str:
 def describe(spec: Spec, device: torch.device) -> str:
     how = "emulated" if device.type == "cpu" else "compiled"
     if isinstance(spec, AttentionSpec):
-        return f"{how}; forward {module(device).attention_forward_config(spec.D, spec.D_v)}"
+        few, many = (module(device).attention_forward_config(spec.D, spec.D_v, S_q) for S_q in (1, 2**20))
+        return f"{how}; forward {many}" + (f", for few queries {few}" if few != many else "")
     if isinstance(spec, CrossEntropySpec):
         return f"{how}; one kernel, forward with the gradient, a row in registers or shared memory"
     return f"{how}; one kernel forward, one backward, a row in registers or shared memory"

@@ -112,7 +112,7 @@ struct RowSums {
   float* delta;   // the same: rowsum(o ∘ do) - dlse
   float* dq;      // (key_groups, tiles, D, M), without the scale
   float* dslope;  // (key_groups, tiles, M), -dslope by row; nullptr: not wanted
-  float* dk;      // (tile_groups, B, H_kv, S_k, D), without the scale; nullptr: there is one group, dk itself is written
+  float* dk;      // (tile_groups, B, H_kv, S_k, D), without the scale; nullptr: one group, dk itself is written
   float* dv;      // (tile_groups, B, H_kv, S_k, D_v)
 };
 

@@ -1,4 +1,4 @@
-// Attention backward: a task holds a range of keys, visits the tiles of queries that see them, and recomputes p from lse.
+// Attention backward: a task holds a range of keys, visits the tiles of queries that see them, recomputes p from lse.
 //
 //   dqᵀ = scale · kᵀ daᵀ (D, M)      dk = scale · daᵀ q (N, D)      dv = dropout(p)ᵀ do (N, D_v)
 //   dslope = -Σ ds ∘ distance        dsink = -Σ exp(sink - lse) delta
@@ -237,8 +237,10 @@ void prepare(const AttentionParams& p, const AttentionGradients& g, const RowSum
     const T* o = (const T*)p.o.data + b * p.o.b + h * p.o.h + row * p.o.row;
     const T* d_o = (const T*)g.d_o.data + b * g.d_o.b + h * g.d_o.h + row * g.d_o.row;
     Vec sum{};
-    for (int d = 0; d < p.D_v; d += LANES)
-      sum = fma(load_some(o + d * p.o.col, p.o.col, p.D_v - d), load_some(d_o + d * g.d_o.col, g.d_o.col, p.D_v - d), sum);
+    for (int d = 0; d < p.D_v; d += LANES) {
+      const Vec x = load_some(o + d * p.o.col, p.o.col, p.D_v - d);
+      sum = fma(x, load_some(d_o + d * g.d_o.col, g.d_o.col, p.D_v - d), sum);
+    }
     const float dlse = g.dlse == nullptr ? 0.f : g.dlse[b * g.dlse_b + h * g.dlse_h + row * g.dlse_m];
     const bool empty = p.lse[at] == -__builtin_inff();
     sums.lse[at] = empty ? __builtin_inff() : p.lse[at] * LOG2_E;

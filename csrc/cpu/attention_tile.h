@@ -1,4 +1,4 @@
-// A tile of scores, transposed: s (N, width), keys by rows and queries by lanes, and what acts on it before the softmax.
+// A tile of scores, transposed: s (N, width), keys by rows and queries by lanes, and what acts on it before a softmax.
 #pragma once
 #include "attention.h"
 #include "pack.h"

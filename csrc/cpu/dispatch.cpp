@@ -47,7 +47,8 @@ Isa parse(const std::string& name) {
     throw std::invalid_argument("FASTATTN_CPU_ISA is '" + name + "', which this CPU does not have; it has " +
                                 listed(available_isas()) + ".");
   }
-  throw std::invalid_argument("FASTATTN_CPU_ISA is '" + name + "'; it must be one of " + listed(available_isas()) + ".");
+  throw std::invalid_argument("FASTATTN_CPU_ISA is '" + name + "'; it must be one of " + listed(available_isas()) +
+                              ".");
 }
 
 Isa chosen() {

@@ -36,7 +36,8 @@ FASTATTN_INLINE void transpose(Int (&r)[LANES]) {
 
 // The sums over lanes of four vectors
 FASTATTN_INLINE void reduce_four(const Vec (&x)[4], float* sums) {
-  const auto folded = [](Vec a, Vec b) {  // lanes of a and b alternate, each the sum of two that were half a vector apart
+  // Lanes of a and b alternate, each the sum of two that were half a vector apart.
+  const auto folded = [](Vec a, Vec b) {
     return as_float(interleave_low(as_int(a), as_int(b))) + as_float(interleave_high(as_int(a), as_int(b)));
   };
   Vec y = folded(folded(x[0], x[2]), folded(x[1], x[3]));  // x_0, x_1, x_2, x_3 over and over

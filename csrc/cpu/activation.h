@@ -22,8 +22,9 @@ FASTATTN_INLINE Vec normal_cdf(Vec x, Vec& bell, float) {
 // Φ(-|x|) = exp(-½x²) r(|x|), r a polynomial within 1.6e-4 up to 5
 FASTATTN_INLINE Vec normal_cdf(Vec x, Vec& bell, bf16) {
   const Vec size = min(broadcast(5.f), abs(x));
-  const Vec r = polynomial(size, 5.79043035e-6f, -1.453153824e-4f, 1.5831056517e-3f, -9.9215628579e-3f, 4.02588695288e-2f,
-                           -1.141683906317e-1f, 2.412919402122e-1f, -3.972645103931e-1f, 4.99941647053e-1f);
+  const Vec r = polynomial(size, 5.79043035e-6f, -1.453153824e-4f, 1.5831056517e-3f, -9.9215628579e-3f,
+                           4.02588695288e-2f, -1.141683906317e-1f, 2.412919402122e-1f, -3.972645103931e-1f,
+                           4.99941647053e-1f);
   bell = exp2_roughly(broadcast(-0.5f * LOG2_E) * x * x);
   const Vec below = bell * r;
   return select(x < Vec{}, below, broadcast(1.f) - below);

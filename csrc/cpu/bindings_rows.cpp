@@ -100,7 +100,8 @@ void norm_backward(py::handle rows, int64_t N, py::handle dx, py::handle dweight
   FASTATTN_CALL(norm_backward(p, threads));
 }
 
-// Sizes are the three of the rows and N; `along` the steps of y, x, mask, or of dx, dy, y, mask. `columns`: see softmax.h.
+// Sizes are the three of the rows and N; `along` the steps of y, x, mask, or of dx, dy, y, mask; `columns` chooses
+// softmax_columns.
 Softmax softmax_of(py::handle sizes, py::handle mask, double scale, bool log, bool causal, int64_t shift) {
   const Integers<4> s(sizes);
   Softmax p{};

@@ -5,9 +5,9 @@
 // q_j = (1 - ε) w_t [j = t] + ε / V · w_j         for a class t of V, w = 1 without class weights
 // q_j = w_j ((1 - ε) y_j + ε / V)                 for probabilities y
 //
-// A row is read twice: for its maximum and sum, kept up to date as they come by, and for its gradient, which may be
-// written over it. Instead of the maximum there may be a number close to it. One to be ignored is not read at all. q of a class without weights is a constant and a spike; other
-// q, and scores with a cap, are kept in a row of fp32. Row losses are added up in one order.
+// A row is read twice: for its maximum, or a number close to it, and sum, kept up to date as they come by, and for its
+// gradient, which may be written over it. One to be ignored is not read at all. q of a class without weights is a
+// constant and a spike; other q, and scores with a cap, are kept in a row of fp32. Row losses are added up in one order.
 #include "cross_entropy.h"
 
 #include "exponential.h"

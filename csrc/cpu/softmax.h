@@ -1,4 +1,4 @@
-// Softmax and log_softmax of lines of N elements, with scale, bool mask and causality. The equations are in softmax.cpp.
+// Softmax and log_softmax of lines of N elements, with scale, bool mask and causality. Equations: softmax.cpp.
 #pragma once
 #include "dispatch.h"
 #include "rows.h"

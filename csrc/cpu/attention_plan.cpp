@@ -9,7 +9,8 @@ namespace {
 
 constexpr int FEW_TILES = 64;       // fewer tiles of queries than this are cut along the keys too
 constexpr int SHORTEST_PART = 512;  // keys
-constexpr int FEW_TASKS = 64;       // fewer key heads than this are cut along keys and queries in the backward
+constexpr int FEW_TASKS = 32;       // fewer key heads than this are cut along keys and queries in the backward
+constexpr int MOST_KEY_GROUPS = 8;  // each holds a dq in fp32
 constexpr int FEWEST_KEYS = 256;    // of a group
 constexpr int FEWEST_TILES = 8;
 
@@ -66,7 +67,8 @@ BackwardPlan plan_backward(const AttentionParams& p) {
     const Sequence& s = p.sequences[b];
     const int tiles = s.S_q == 0 ? 0 : RowLayout{p.G(), s.S_q}.tiles();
     const int chunks = (s.S_k + FEWEST_KEYS - 1) / FEWEST_KEYS;
-    const int keys = (chunks + wanted - 1) / wanted * FEWEST_KEYS;  // of a group
+    const int key_cuts = std::min(wanted, MOST_KEY_GROUPS);
+    const int keys = (chunks + key_cuts - 1) / key_cuts * FEWEST_KEYS;  // of a group
     const int key_groups = keys == 0 ? 0 : (s.S_k + keys - 1) / keys;
     const int cuts = key_groups == 0 ? 1 : std::clamp(wanted / key_groups, 1, std::max(1, tiles / FEWEST_TILES));
     const int group_tiles = std::max(1, (tiles + cuts - 1) / cuts);

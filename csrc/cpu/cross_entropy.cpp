@@ -7,7 +7,7 @@
 //
 // A row is read twice: for its maximum, or a number close to it, and sum, kept up to date as they come by, and for its
 // gradient, which may be written over it. One to be ignored is not read at all. q of a class without weights is a
-// constant and a spike; other q, and scores with a cap, are kept in a row of fp32. Row losses are added up in one order.
+// constant and a spike; other q, and scores with a cap, are kept in a row of fp32. Row losses are added in one order.
 #include "cross_entropy.h"
 
 #include "exponential.h"
@@ -41,9 +41,11 @@ Statistics statistics(const S* s, int64_t V) {
   const auto raise = [&](Vec most) FASTATTN_LAMBDA {
     const float before = highest;
     highest = reduce_max(most);
-    const Vec scale = exp2_below(broadcast((before - highest) * LOG2_E));  // 0 at first
+    if (before != -INF) {
+      const Vec scale = exp2_below(broadcast((before - highest) * LOG2_E));
 #pragma GCC unroll 4
-    for (int k = 0; k < 4; ++k) sums[k] *= scale;
+      for (int k = 0; k < 4; ++k) sums[k] *= scale;
+    }
     offset = broadcast(highest);
     limit = offset + broadcast(SLACK);
   };

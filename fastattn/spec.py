@@ -208,6 +208,7 @@ class CrossEntropySpec:
     label_smoothing: float = 0.0
     z_loss: float = 0.0  # factor on lse²
     softcap: float | None = None
+    inner: bool = False  # other dimensions come after that of the classes, as in images
     gradient: bool = False  # the forward computes the gradient of the logits too
     inplace: bool = False  # and writes it over them
     differentiates: str | None = None  # "target" or "weight", if a gradient of that is wanted

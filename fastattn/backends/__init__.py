@@ -4,7 +4,7 @@ A backend is a module with `NAME`, `COMPOSITE`, `available(device)` and `unsuppo
 None for yes, or the reason. A composite backend is differentiable torch code and is called as it is; a kernel backend
 fills tensors, and `fastattn.ops` gives it its derivative. One that has no kernel for a derivative leaves that entry
 out, and the next kernel backend that has it computes it from the same saved tensors. A backend may have
-`only_on_request(device)`: why it is not taken unless it is named.
+`only_on_request(spec, device)`: why it is not taken unless it is named.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def _passed_over(name: str, spec: Spec, device: torch.device) -> str | None:
     if why := unsupported(name, spec, device):
         return why
     only_on_request = getattr(get(name), "only_on_request", None)
-    return only_on_request(device) if only_on_request else None
+    return only_on_request(spec, device) if only_on_request else None
 
 
 def select(spec: Spec, device: torch.device, requested: str | None = None) -> ModuleType:

@@ -200,7 +200,7 @@ def loss_spec(
     ignore_index, reduction, label_smoothing, z_loss, softcap = checked_options(fn, probabilities, *options)
     return CrossEntropySpec(
         dtype, loss_dtype, target[1], None if weight is None else weight[1], ignore_index, reduction, label_smoothing,
-        z_loss, softcap, differentiates=differentiates,
+        z_loss, softcap, differentiates=differentiates, inner=len(shape) > 2,
     )  # fmt: skip
 
 

@@ -46,7 +46,7 @@ def _decode(
     return CrossEntropySpec(
         dtype=logits.dtype, loss_dtype=loss_dtype, target_dtype=torch.int64 if target is None else target.dtype,
         weight_dtype=None if weight is None else weight.dtype, ignore_index=ignore_index, reduction=reduction,
-        label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap, gradient=gradient,
+        label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap, inner=logits.dim() > 2, gradient=gradient,
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from fastattn.backends.cpu import loss, rows
 from fastattn.spec import (
     AttentionInputs,
     AttentionSpec,
+    CrossEntropySpec,
     Spec,
 )
 
@@ -49,6 +50,13 @@ def unsupported(spec: Spec, device: torch.device) -> str | None:
     if isinstance(spec, AttentionSpec):
         return None
     return rows.unsupported(spec)
+
+
+def only_on_request(spec: Spec, device: torch.device) -> str | None:
+    """Where torch was measured to be faster."""
+    if isinstance(spec, CrossEntropySpec) and spec.inner:
+        return "its rows of classes lie together, and those of (N, V, d1, …) are copied: torch is faster there"
+    return None
 
 
 def _name(dtype: torch.dtype) -> str:

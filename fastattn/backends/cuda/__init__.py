@@ -30,7 +30,7 @@ def available(device: torch.device) -> str | None:
     return module.why_not(device)
 
 
-def only_on_request(device: torch.device) -> str | None:
+def only_on_request(spec: Spec, device: torch.device) -> str | None:
     if WANTED:
         return None
     return "its kernels are proven in an emulator, not yet on a GPU: backend='cuda' or FASTATTN_CUDA=1 asks for them"

@@ -134,7 +134,7 @@ def attention(
             from torch's default generator.
         return_lse: also return lse; it is differentiable too.
         deterministic: the same bits on every run, backward included.
-        backend: "cuda", "triton", "eager" or "reference", which then never falls back; None: the first that can.
+        backend: "cuda", "triton", "cpu", "eager" or "reference", which then never falls back; None: the first that can.
         q_scale: of float8_e4m3fn inputs, what q stands for is q · q_scale: (H,) or (B, H), float32; 1 if None.
         k_scale, v_scale: the same of k and v: (H_kv,) or (B, H_kv).
 

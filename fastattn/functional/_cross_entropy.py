@@ -59,7 +59,7 @@ def cross_entropy(
         inplace_backward: the gradient may be written over logits, which autograd is told have changed; refused for a
             leaf that requires a gradient, under transforms and compilers. Torch operations do without. The memory is
             that of the gradient from then on, whoever still holds the logits.
-        backend: "cuda", "triton", "eager" or "reference", which then never falls back; None: the first that can.
+        backend: "cuda", "triton", "cpu", "eager" or "reference", which then never falls back; None: the first that can.
 
     Returns:
         the loss, () or, for "none", logits' shape without V. Its dtype is that of the logits, for probabilities
@@ -290,7 +290,7 @@ def linear_cross_entropy(
         ignore_index, reduction, label_smoothing, z_loss, softcap: as of `cross_entropy`.
         chunk_size: rows of a chunk. None: as many as have logits of the larger of 64 MiB and half of weight's bytes, at
             least 256.
-        backend: "cuda", "triton", "eager" or "reference", which then never falls back; None: the first that can. The
+        backend: "triton", "cpu", "eager" or "reference", which then never falls back; None: the first that can. The
             latter two hold all logits.
 
     Returns:

@@ -34,7 +34,7 @@ def dropout_add(
             default generator; no result depends on the backend or its tiles.
         inplace: write over residual, which is returned and must not overlap itself. One that is a view and gets a
             gradient, and under transforms and compilers any, is written over by a copy of the result.
-        backend: "cuda", "triton", "eager" or "reference", which then never falls back; None: the first that can.
+        backend: "cuda", "triton", "cpu", "eager" or "reference", which then never falls back; None: the first that can.
 
     Returns:
         y, shape and dtype of residual, under autocast too. A dropped entry counts 0, whatever x holds there.

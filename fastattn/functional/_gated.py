@@ -56,7 +56,7 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
         gate: any shape and strides, float16, bfloat16, float32 or float64; the arithmetic is in at least float32.
             Halves of one projection, `gate, up = x.chunk(2, -1)`, are read where they lie.
         up: shape, dtype and device of gate, any strides.
-        backend: "cuda", "triton", "eager" or "reference", which then never falls back; None: the first that can.
+        backend: "cuda", "triton", "cpu", "eager" or "reference", which then never falls back; None: the first that can.
 
     Returns:
         y, shape and dtype of gate, under autocast too. inf and NaN are where `F.silu(gate) * up` has them.

@@ -138,7 +138,7 @@ def layer_norm(
             seed drawn from torch's generator. Needs `residual`.
         memory_efficient: kernels keep y for the backward, which the layer that follows keeps anyway, in place of x or
             h. Gradients then carry y's rounding, are NaN for an entry whose weight is 0, and have no derivatives.
-        backend: "cuda", "triton", "eager" or "reference", which then never falls back; None: the first that can.
+        backend: "cuda", "triton", "cpu", "eager" or "reference", which then never falls back; None: the first that can.
 
     Returns:
         y, shape and dtype of x (float32 under CUDA autocast, as torch's). With a residual (y, h), both differentiable.

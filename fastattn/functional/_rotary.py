@@ -86,7 +86,7 @@ def rotary_embedding(
             cu_seqlens[b]. Tokens after the last sequence are not rotated. Values are checked on a CPU only.
         inplace: write over x, which is returned and must not overlap itself; nothing of x is kept for gradients. A view
             that gets one, and under transforms and compilers any x, is written over by a copy of the result.
-        backend: "cuda", "triton", "eager" or "reference", which then never falls back; None: the first that can.
+        backend: "cuda", "triton", "cpu", "eager" or "reference", which then never falls back; None: the first that can.
 
     Returns:
         y, or a pair of these: shape and dtype of x, under autocast too. The gradient of x is the inverse rotation of

@@ -91,7 +91,7 @@ def softmax(
             "bottom_right" (j ≤ i + S_k − S_q).
         inplace: write y over x, which is returned, its dtype kept under autocast too. x must not overlap itself. Where
             gradients are wanted, a view is written over by a copy, as any x is under transforms and compilers.
-        backend: "cuda", "triton", "eager" or "reference", which then never falls back; None: the first that can.
+        backend: "cuda", "triton", "cpu", "eager" or "reference", which then never falls back; None: the first that can.
 
     Returns:
         y, shape and dtype of x (float32 under CUDA autocast, as torch's). Masked entries are 0, whatever x holds there;

@@ -82,8 +82,11 @@ def test_forward_mode_is_served_too(registered, device: torch.device):
 def test_without_one_for_the_derivative_the_call_is_refused(registered, monkeypatch, device: torch.device):
     registered(Forward())
     monkeypatch.setattr(backends.get("triton"), "available", lambda device: "it is out of order")
+    monkeypatch.setattr(backends.get("cpu"), "available", lambda device: "it is too")
     why = backends.unsupported("forward", spec_of(*qkv(device)), device)
-    assert why == ("it has no attention_backward, and no other backend here has: triton: it is out of order")
+    assert why == (
+        "it has no attention_backward, and no other backend here has: triton: it is out of order; cpu: it is too"
+    )
     with pytest.raises(UnsupportedError, match="no backend has attention_backward for this call: triton: it is out"):
         backends.serving("attention_backward", "forward", spec_of(*qkv(device)), device)
 

@@ -50,7 +50,9 @@ def test_info_shows_native_modules_or_how_to_get_them(tmp_path: Path) -> None:
     done = run("info", FASTATTN_CACHE=str(tmp_path / "none"))
     assert done.returncode == 0, done.stderr
     _, _, modules = done.stdout.partition("\nnative modules\n")
-    cuda, emulator = (line.split(maxsplit=1) for line in modules.splitlines())
+    cpu, cuda, emulator = (line.split(maxsplit=1) for line in modules.splitlines())
+    assert cpu[0] == "cpu"
+    assert "compiled for " in cpu[1] or "python -m fastattn build" in cpu[1]
     assert cuda[0] == "cuda"
     assert "python -m fastattn build" in cuda[1]
     assert emulator[0] == "emulator"

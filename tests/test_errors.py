@@ -376,7 +376,7 @@ SOFTMAX_VALUES = [
     log_softmax("causal_dim", "`causal` needs x (…, S_q, S_k) and dim=-1", "`dim` is -3", dim=0, causal="top_left"),
 ]
 BACKEND_NAMES = [
-    Wrong(f"backend_{name}", fn, args, {"backend": value}, (f"`backend` is {given}", "triton, eager"), raises)
+    Wrong(f"backend_{name}", fn, args, {"backend": value}, (f"`backend` is {given}", "triton, cpu, eager"), raises)
     for fn, args in (
         (fastattn.attention, (Q, K, V)),
         (fastattn.varlen_attention, (Q_ROWS, K_ROWS, V_ROWS, CU_Q, CU_K, 4, 5)),

@@ -25,13 +25,16 @@ def test_this_machine_passes_within_the_time_that_is_promised(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     reports = json.loads((tmp_path / "v.json").read_text())
     assert {r["check"] for r in reports} == {check.name for check in checks()}
-    assert {r["backend"] for r in reports} == {"eager", "reference"}
-    assert len(reports) == len(checks()) * len(DTYPES) * 2
+    names = {"cpu", "eager", "reference"} if backends.get("cpu").available(CPU) is None else {"eager", "reference"}
+    assert {r["backend"] for r in reports} == names
+    assert len(reports) == len(checks()) * len(DTYPES) * len(names)
     assert all(r["status"] == "ok" for r in reports)
     assert any(finding["error"] > 0 for r in reports for finding in r["findings"])
     assert "  triton: not available: Triton compiles for GPUs" in done.stdout
     last = done.stdout.splitlines()[-1]
-    assert last.startswith(f"{len(reports)} checks on 2 backends, none further from float64 than twice torch's")
+    assert last.startswith(
+        f"{len(reports)} checks on {len(names)} backends, none further from float64 than twice torch's"
+    )
     assert float(last.split("; ")[-1].removesuffix(" s")) < 20
 
 

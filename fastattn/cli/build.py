@@ -20,7 +20,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "build", help="compile the kernels for this CPU, and for the card that is here or those named"
     )
-    parser.add_argument("--arch", nargs="+", metavar="NAME", help="default: FASTATTN_CUDA_ARCHS, else what is here")
+    parser.add_argument(
+        "--arch",
+        nargs="+",
+        metavar="NAME",
+        help="for these cards alone; default: FASTATTN_CUDA_ARCHS, else what is here",
+    )
     parser.add_argument("--list-archs", action="store_true", help="show what --arch accepts, and compile nothing")
     parser.add_argument("--jobs", type=int, metavar="N", help="compilers at once; default: one per core")
     parser.add_argument("--cpu", action="store_true", help="compile the kernels for CPU tensors, and nothing else")
@@ -44,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         return subprocess.run([sys.executable, "-m", "fastattn", *args.argv], env=environment).returncode
     try:
-        if not args.emulator:
+        if not (args.emulator or args.arch):
             build(plan.cpu(), args.jobs)
         if args.emulator:
             build(plan.emulator(), args.jobs)

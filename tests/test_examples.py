@@ -11,8 +11,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
 from corpus import WORD, Tokenizer
 from PIL import Image
+
+from fastattn import backends
 
 ROOT = Path(__file__).parent.parent
 TINY = [

@@ -15,8 +15,13 @@ EMULATE = os.environ.get("FASTATTN_EMULATE", "0") == "1"  # read once, as the an
 HOPPER = (9, 0)
 
 
-@functools.cache
 def why_not(device: torch.device) -> str | None:
+    """Why there are no kernels for tensors there; None if there are."""
+    return _why_not(device)
+
+
+@functools.cache
+def _why_not(device: torch.device) -> str | None:
     if EMULATE and device.type == "cpu":
         return native.why_no_emulator()
     if device.type == "cpu":
@@ -41,13 +46,13 @@ def load(device: torch.device) -> ModuleType:
     return native.load_emulator() if device.type == "cpu" else native.load(capability(device))
 
 
-@functools.cache
 def has_attention(device: torch.device) -> bool:
     """A module may have been compiled for sm_90, whose instructions are not all of Hopper's."""
     return device.type == "cpu" or hasattr(load(device), "attention_forward")
 
 
-# As in the Triton backend: a compiler takes the answers as constants, and does not trace how they are found.
+# As in the Triton backend: a compiler takes the answers as constants, and does not trace how they are found. It would
+# look through functools.cache, so that these are plain functions.
 why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
 capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
 has_attention._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastattn.backends.cpu.module import DTYPES
+from fastattn.backends.row_layout import merge_dimensions, padded
 
 Sizes = tuple[int, int, int]
 Address = tuple[int, int, int, int, int]  # of a tensor: address, three steps, dtype
@@ -23,20 +24,6 @@ def vector(t: Tensor | None) -> tuple[int, int] | None:
 def dense(t: Tensor | None, N: int) -> Address | None:
     """A contiguous tensor of rows of N elements, as one dimension of rows."""
     return None if t is None else (t.data_ptr(), 0, 0, N, DTYPES[t.dtype])
-
-
-def merge(dims: Iterable[int], shape: Sequence[int], strides: Sequence[Sequence[int]]) -> list[tuple]:
-    """(size, steps of each tensor) of `dims`, outermost first; those merged that every tensor runs through in one."""
-    merged: list[tuple] = []
-    for d in dims:
-        size, steps = shape[d], tuple(s[d] for s in strides)
-        if size == 1:
-            continue
-        if merged and all(outer == inner * size for outer, inner in zip(merged[-1][1], steps, strict=True)):
-            merged[-1] = (merged[-1][0] * size, steps)
-        else:
-            merged.append((size, steps))
-    return merged
 
 
 class Lines(NamedTuple):
@@ -63,13 +50,12 @@ def lines(tensors: Sequence[Tensor], dim: int, own: int | None = None, in_order:
     order = [d for d in range(len(shape)) if d not in alone]
     if not in_order:
         order.sort(key=lambda d: strides[0][d], reverse=True)
-    merged = merge(order, shape, strides)
+    merged = merge_dimensions(order, shape, strides)
     if own is not None:
         merged.append((shape[own], tuple(s[own] for s in strides)))
     if len(merged) > 3:
         return None
-    merged = [(1, (0,) * len(tensors))] * (3 - len(merged)) + merged
-    sizes, steps = zip(*merged, strict=True)
+    sizes, steps = zip(*padded(merged, 3, len(tensors)), strict=True)
     return Lines(sizes, shape[dim], tuple(zip(*steps, strict=True)), tuple(s[dim] for s in strides))
 
 

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, get_num_threads
 
-from fastattn.backends.cpu.layout import Lines, dense, lines, merge, ready, vector, written
+from fastattn.backends.cpu.layout import Lines, dense, lines, ready, vector, written
 from fastattn.backends.cpu.module import DTYPES, load
+from fastattn.backends.row_layout import merge_dimensions
 from fastattn.spec import (
     CrossEntropySpec,
     DropoutAddSpec,
@@ -219,7 +220,7 @@ def _pieces(
     present = [t for t in tensors if t is not None]
     order = sorted(range(first.dim()), key=lambda d: first.stride(d), reverse=True)
     permuted = [t.permute(order) for t in present]
-    folded = merge(range(first.dim()), permuted[0].shape, [t.stride() for t in permuted])
+    folded = merge_dimensions(range(first.dim()), permuted[0].shape, [t.stride() for t in permuted])
     if 1 <= len(folded) <= 4 and all(step == 1 for step in folded[-1][1]):
         folded = [(1, (0,) * len(present))] * (4 - len(folded)) + folded
         sizes, steps = zip(*folded, strict=True)

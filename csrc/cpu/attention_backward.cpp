@@ -193,7 +193,6 @@ void run(const AttentionParams& p, const AttentionGradients& g, const BackwardPl
 
   const T* k_base = (const T*)p.k.data + task.b * p.k.b + task.h_kv * p.k.h + sequence.first_k * p.k.row;
   const T* v_base = (const T*)p.v.data + task.b * p.v.b + task.h_kv * p.v.h + sequence.first_k * p.v.row;
-  const int D = depth_of<T>(p.D) * 4, D_v = depth_of<T>(p.D_v) * 4;
   for (int n_lo = task.n_lo; n_lo < task.n_hi; n_lo += CHUNK) {
     const int n_hi = smaller(n_lo + CHUNK, task.n_hi), n = n_hi - n_lo, most = smaller(CHUNK, sequence.S_k - n_lo);
     const T *k_rows[CHUNK], *v_rows[CHUNK];
@@ -201,16 +200,15 @@ void run(const AttentionParams& p, const AttentionGradients& g, const BackwardPl
       k_rows[i] = k_base + (n_lo + i) * p.k.row;
       v_rows[i] = v_base + (n_lo + i) * p.v.row;
     }
-    pack_rows(k_rows, most, p.k.col, p.D, depth_of<T>(p.D), w.k);
-    pack_rows(v_rows, most, p.v.col, p.D_v, depth_of<T>(p.D_v), w.v);
+    const Operand k = rows_in_place<T>(p.k, p.D, k_rows, most, w.k);
+    const Operand v = rows_in_place<T>(p.v, p.D_v, v_rows, most, w.v);
     w.ks.pack(k_rows, most, p.k.col, p.D);
     memset(w.dk, 0, sizeof(float) * CHUNK * w.qs.ld);
     memset(w.dv, 0, sizeof(float) * CHUNK * w.d_os.ld);
     for (int tile = task.t_lo; tile < task.t_hi; ++tile) {
       const Tile t = Tile::of(layout, task.h_kv, tile);
       float* dslope = sums.dslope == nullptr ? nullptr : sums.dslope + (first_tile + tile) * BLOCK_M;
-      visit<T>(p, g, sums, task, window, t, n_lo, n_hi, k_rows, {(const char*)w.k, D, 4}, {(const char*)w.v, D_v, 4},
-               sums.dq + (first_tile + tile) * dq_size, dslope, w);
+      visit<T>(p, g, sums, task, window, t, n_lo, n_hi, k_rows, k, v, sums.dq + (first_tile + tile) * dq_size, dslope, w);
     }
     const auto finish = [&](const Matrix& x, float* parts, const float* from, int ld, int width, float factor) {
       if (x.data == nullptr) return;

@@ -90,12 +90,10 @@ void run(const AttentionParams& p, const AttentionGradients& g, const RowSums& s
     }
     pack_columns(q_rows, t.n, p.q.col, p.D, t.width, w.q);
     pack_columns(do_rows, t.n, g.d_o.col, p.D_v, t.width, w.d_o);
-    pack_rows(k_rows, n, p.k.col, p.D, depth_of<T>(p.D), w.k);
-    pack_rows(v_rows, n, p.v.col, p.D_v, depth_of<T>(p.D_v), w.v);
+    const Operand k = rows_in_place<T>(p.k, p.D, k_rows, n, w.k);
+    const Operand v = rows_in_place<T>(p.v, p.D_v, v_rows, n, w.v);
     w.tile.load_rows(p, sums, t, b);
-    w.tile.template compute<T>(p, sequence, window, score, t, b, n_0, n, what,
-                               {(const char*)w.k, depth_of<T>(p.D) * 4, 4},
-                               {(const char*)w.v, depth_of<T>(p.D_v) * 4, 4}, w.q, w.d_o, false, false);
+    w.tile.template compute<T>(p, sequence, window, score, t, b, n_0, n, what, k, v, w.q, w.d_o, false, false);
     for (int i = 0; i < n; ++i)
       for (int j = 0; j < t.width; j += LANES) {
         float* at = w.sum + i * BLOCK_M + j;

@@ -7,22 +7,6 @@
 
 namespace fastattn::FASTATTN_ISA {
 
-// Hands out pieces of a thread's memory; from nullptr it only counts.
-class Memory {
- public:
-  explicit Memory(char* begin) : begin_(begin) {}
-  template <class T>
-  void take(T*& at, int64_t elements) {
-    at = begin_ == nullptr ? nullptr : (T*)(begin_ + used_);
-    used_ += (elements * sizeof(T) + 63) / 64 * 64;
-  }
-  size_t used() const { return used_; }
-
- private:
-  char* begin_;
-  size_t used_ = 0;
-};
-
 struct GradientTile {
   float *s, *dp;       // (N, width); then p, dropped where dropout says so, and ds
   float* derivative;   // f'(a), with a softcap

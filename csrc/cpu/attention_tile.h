@@ -6,7 +6,21 @@
 
 namespace fastattn::FASTATTN_ISA {
 
-constexpr int VECTORS = BLOCK_M / LANES;
+// Hands out pieces of a thread's memory; from nullptr it only counts.
+class Memory {
+ public:
+  explicit Memory(char* begin) : begin_(begin) {}
+  template <class T>
+  void take(T*& at, int64_t elements) {
+    at = begin_ == nullptr ? nullptr : (T*)(begin_ + used_);
+    used_ += (elements * sizeof(T) + 63) / 64 * 64;
+  }
+  size_t used() const { return used_; }
+
+ private:
+  char* begin_;
+  size_t used_ = 0;
+};
 
 // Lane l is row row[l] of head head[l]. Lanes from n on repeat the last one; what they compute is never read.
 struct Tile {
@@ -62,6 +76,22 @@ struct Tile {
     for (int l = 0; l < n; ++l) rows[l] = base + head[l] * x.h + row[l] * x.row;
   }
 };
+
+// Whether rows are read where they lie: floats whose rows are near each other, so that they do not share cache sets
+template <class T>
+FASTATTN_INLINE bool in_place(const Matrix& x, int D) {
+  if (x.col != 1) return false;
+  if constexpr (Element<T>::DEPTH == 2) return D % 2 == 0 && x.row == D;
+  return std::is_same_v<T, float> && x.row >= D && x.row <= 2 * D;
+}
+
+// n rows of a matrix as A of a product over D: in place, or packed into `room`
+template <class T>
+FASTATTN_INLINE Operand rows_in_place(const Matrix& x, int D, const T* const* rows, int n, int32_t* room) {
+  if (in_place<T>(x, D)) return {(const char*)rows[0], int64_t(x.row * sizeof(T)), 4};
+  pack_rows(rows, n, x.col, D, depth_of<T>(D), room);
+  return {(const char*)room, depth_of<T>(D) * 4, 4};
+}
 
 // Row i sees keys j with i + low ≤ j ≤ i + high and 0 ≤ j < S_k.
 struct Window {

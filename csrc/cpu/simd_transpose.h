@@ -34,20 +34,16 @@ FASTATTN_INLINE void transpose(Int (&r)[LANES]) {
   }
 }
 
-// The sums over lanes of four vectors
-FASTATTN_INLINE void reduce_four(const Vec (&x)[4], float* sums) {
-  // Lanes of a and b alternate, each the sum of two that were half a vector apart.
-  const auto folded = [](Vec a, Vec b) {
-    return as_float(interleave_low(as_int(a), as_int(b))) + as_float(interleave_high(as_int(a), as_int(b)));
-  };
-  Vec y = folded(folded(x[0], x[2]), folded(x[1], x[3]));  // x_0, x_1, x_2, x_3 over and over
-#if defined(__AVX512F__)
-  y += (Vec)__builtin_shufflevector(y, y, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
-  y += (Vec)__builtin_shufflevector(y, y, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
-#elif defined(__AVX2__)
-  y += (Vec)__builtin_shufflevector(y, y, 4, 5, 6, 7, 0, 1, 2, 3);
-#endif
-  memcpy(sums, &y, 4 * sizeof(float));
+// Lane i: the sum over lanes of x[i]. Each step halves the vectors: lanes of two alternate in one, each the sum of two.
+FASTATTN_INLINE Vec sums_over_lanes(Vec (&x)[LANES]) {
+#pragma GCC unroll 4
+  for (int half = LANES / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < half; ++i) {
+      const Int a = as_int(x[i]), b = as_int(x[i + half]);
+      x[i] = as_float(interleave_low(a, b)) + as_float(interleave_high(a, b));
+    }
+  return x[0];
 }
 
 }  // namespace fastattn::FASTATTN_ISA

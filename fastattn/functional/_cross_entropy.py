@@ -255,6 +255,9 @@ def check_classes(fn: str, target: Tensor, spec: CrossEntropySpec, x: Tensor, V:
     if spec.probabilities or not target.is_cpu or not is_plain(x, target) or target.numel() == 0:
         return
     V = x.shape[min(1, x.dim() - 1)] if V is None else V
+    lowest, highest = target.aminmax()
+    if lowest.item() >= 0 and highest.item() < V:
+        return
     target = target.long()  # in a narrower type V might not be a number
     wrong = ((target < 0) | (target >= V)) & (target != spec.ignore_index)
     if wrong.any():

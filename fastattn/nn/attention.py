@@ -135,9 +135,9 @@ class MultiheadAttention(nn.MultiheadAttention):
         inputs, sizes = [query, key, value], [E, E, E]
         weights: Sequence[Tensor] = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
         if self._qkv_same_embed_dim:
-            if query is key and key is value:
-                inputs, sizes = [query], [3 * E]
-            elif key is value:
+            if query is key and key is value:  # the weight itself: of a part of it, the gradient would be copied
+                return list(F.linear(query, self.in_proj_weight, self.in_proj_bias).split(E, dim=-1))
+            if key is value:
                 inputs, sizes = [query, key], [E, 2 * E]
             weights = self.in_proj_weight.split(sizes)
         bias = self.in_proj_bias

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastattn.backends import get, serving
+from fastattn.ops.allocate import contiguous_like
 from fastattn.ops.attention_jvp import fused_tangents
 from fastattn.ops.define import Definition, Operator
 from fastattn.spec import DIFFERENTIABLE_INPUTS, AttentionInputs, AttentionSpec
@@ -29,7 +30,8 @@ def output_like(q: Tensor, D_v: int, dtype: torch.dtype | None = None) -> Tensor
 
 def _allocate(inputs, spec: AttentionSpec):
     q = inputs[0]
-    return output_like(q, spec.D_v, spec.out_dtype), q.new_empty(q.shape[:3], dtype=torch.float32)
+    B, H, S_q, _ = q.shape
+    return output_like(q, spec.D_v, spec.out_dtype), q.new_empty(B, H, S_q, dtype=torch.float32)
 
 
 def _launch(outputs, inputs, spec: AttentionSpec, backend: str):
@@ -39,7 +41,7 @@ def _launch(outputs, inputs, spec: AttentionSpec, backend: str):
 def _allocate_grads(saved, wanted, spec: AttentionSpec):
     def grad_of(name: str) -> Tensor:
         t = saved[name]
-        return output_like(t, t.shape[3]) if name in ("q", "k", "v") else t.new_empty(t.shape)
+        return output_like(t, t.shape[3]) if name in ("q", "k", "v") else contiguous_like(t)
 
     pairs = zip(INPUTS, wanted, strict=True)
     return tuple(grad_of(name) if want and name in DIFFERENTIABLE_INPUTS else None for name, want in pairs)

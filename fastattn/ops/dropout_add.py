@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 
 from fastattn.backends import get
+from fastattn.ops.allocate import contiguous_like
 from fastattn.ops.define import Definition, Operator
 from fastattn.spec import DropoutAddSpec
 
 
 def _allocate(inputs, spec: DropoutAddSpec):
     residual = inputs[0]
-    return (residual if spec.inplace else residual.new_empty(residual.shape),)
+    return (residual if spec.inplace else contiguous_like(residual),)
 
 
 def _launch(outputs, inputs, spec: DropoutAddSpec, backend: str):

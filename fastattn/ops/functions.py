@@ -141,7 +141,11 @@ def transformable_backward(op: Operator) -> Function:
 
 def in_place(inputs: Tensors, outputs: Tensors) -> tuple[Tensor, ...]:
     """The outputs that are the inputs in their places, overwritten."""
-    return tuple(o for i, o in zip(inputs, outputs, strict=False) if o is i and o is not None)
+    found: tuple[Tensor, ...] = ()
+    for i, o in zip(inputs, outputs, strict=False):
+        if o is i and o is not None:
+            found += (o,)
+    return found
 
 
 def _all_zero(grads: Tensors) -> bool:

@@ -13,6 +13,7 @@ import torch
 
 from fastattn.backends import get
 from fastattn.errors import UnsupportedError
+from fastattn.ops.allocate import contiguous_like
 from fastattn.ops.define import Definition, Operator
 from fastattn.spec import CrossEntropySpec, LinearCrossEntropySpec
 
@@ -63,7 +64,7 @@ _COMMON: dict[str, Any] = {
 
 def _like(tensors, wanted):
     return tuple(
-        t.new_empty(t.shape) if want and t is not None else None for t, want in zip(tensors, wanted, strict=True)
+        contiguous_like(t) if want and t is not None else None for t, want in zip(tensors, wanted, strict=True)
     )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastattn.backends import get
 from fastattn.errors import UnsupportedError
+from fastattn.ops.allocate import contiguous_like
 from fastattn.ops.define import Definition, Operator
 from fastattn.ops.differentiate import vjp
 from fastattn.spec import NormSpec
@@ -24,8 +25,8 @@ INPUTS = ("x", "weight", "bias", "residual", "seed")
 def _allocate(inputs, spec: NormSpec):
     x = inputs[0]
     M = math.prod(x.shape[: x.dim() - spec.n_dims])
-    h = x.new_empty(x.shape if spec.residual else 0, dtype=spec.residual_dtype)
-    return x.new_empty(x.shape, dtype=spec.out_dtype), h, x.new_empty(1 if spec.rms else 2, M, dtype=torch.float32)
+    h = contiguous_like(x, spec.residual_dtype) if spec.residual else x.new_empty(0, dtype=spec.residual_dtype)
+    return contiguous_like(x, spec.out_dtype), h, x.new_empty(1 if spec.rms else 2, M, dtype=torch.float32)
 
 
 def _launch(outputs, inputs, spec: NormSpec, backend: str):
@@ -41,15 +42,15 @@ def _allocate_grads(saved, wanted, spec: NormSpec):
     base = _base(saved, spec)
     dx, dweight, dbias, dresidual, _ = wanted
     parameters = (
-        t.new_empty(t.shape) if want else None for t, want in ((saved["weight"], dweight), (saved["bias"], dbias))
+        contiguous_like(t) if want else None for t, want in ((saved["weight"], dweight), (saved["bias"], dbias))
     )
-    into_x = base.new_empty(base.shape, dtype=spec.dtype) if dx else None
+    into_x = contiguous_like(base, spec.dtype) if dx else None
     if not dresidual:
         into_residual = None
     elif into_x is not None and spec.dropout_p == 0.0 and spec.residual_dtype == spec.dtype:
         into_residual = into_x
     else:
-        into_residual = base.new_empty(base.shape, dtype=spec.residual_dtype)
+        into_residual = contiguous_like(base, spec.residual_dtype)
     return into_x, *parameters, into_residual, None
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from fastattn.backends import get
+from fastattn.ops.allocate import contiguous_like
 from fastattn.ops.define import Definition, Operator
 from fastattn.spec import SoftmaxSpec
 
 
 def _allocate(inputs, spec: SoftmaxSpec):
-    return (inputs[0] if spec.inplace else inputs[0].new_empty(inputs[0].shape),)
+    return (inputs[0] if spec.inplace else contiguous_like(inputs[0]),)
 
 
 def _launch(outputs, inputs, spec: SoftmaxSpec, backend: str):
@@ -16,7 +17,7 @@ def _launch(outputs, inputs, spec: SoftmaxSpec, backend: str):
 
 
 def _allocate_grads(saved, wanted, spec: SoftmaxSpec):
-    return (saved["y"].new_empty(saved["y"].shape) if wanted[0] else None, None)
+    return (contiguous_like(saved["y"]) if wanted[0] else None, None)
 
 
 def _launch_backward(grad_inputs, grads, saved, spec: SoftmaxSpec, backend: str):

@@ -6,21 +6,17 @@ The native module is loaded with the first kernel that runs, not with fastattn.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
-from fastattn.backends.cpu import loss, rows
-from fastattn.spec import (
-    AttentionInputs,
-    AttentionSpec,
-    CrossEntropySpec,
-    Spec,
-)
+from fastattn.backends.cpu import attention, attention_jvp, loss, module, rows
+from fastattn.spec import AttentionSpec, CrossEntropySpec, Spec
 
 NAME = "cpu"
 COMPOSITE = False
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
+attention_forward, attention_backward = attention.attention_forward, attention.attention_backward
+attention_tangents = attention_jvp.attention_tangents
 norm_forward, norm_backward = rows.norm_forward, rows.norm_backward
 softmax_forward, softmax_backward = rows.softmax_forward, rows.softmax_backward
 gated_forward, gated_backward = rows.gated_forward, rows.gated_backward
@@ -36,8 +32,6 @@ linear_cross_entropy_scale = loss.linear_cross_entropy_scale
 def available(device: torch.device) -> str | None:
     if device.type != "cpu":
         return f"its kernels are for CPU tensors, not for device {device.type!r}"
-    from fastattn.backends.cpu import module
-
     return module.why_not()
 
 
@@ -64,40 +58,4 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def describe(spec: Spec, device: torch.device) -> str:
-    from fastattn.backends.cpu import module
-
     return f"{module.load().isa()}, {module.threads()} threads"
-
-
-def attention_forward(o: Tensor, lse: Tensor, x: AttentionInputs, spec: AttentionSpec) -> None:
-    from fastattn.backends.cpu import attention
-
-    attention.attention_forward(o, lse, x, spec)
-
-
-def attention_backward(
-    grads: AttentionInputs,
-    do: Tensor | None,
-    dlse: Tensor | None,
-    x: AttentionInputs,
-    o: Tensor,
-    lse: Tensor,
-    spec: AttentionSpec,
-) -> None:
-    from fastattn.backends.cpu import attention
-
-    attention.attention_backward(grads, do, dlse, x, o, lse, spec)
-
-
-def attention_tangents(
-    to: Tensor,
-    tlse: Tensor,
-    tangents: AttentionInputs,
-    x: AttentionInputs,
-    o: Tensor,
-    lse: Tensor,
-    spec: AttentionSpec,
-) -> None:
-    from fastattn.backends.cpu import attention_jvp
-
-    attention_jvp.attention_tangents(to, tlse, tangents, x, o, lse, spec)

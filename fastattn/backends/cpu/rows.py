@@ -63,7 +63,8 @@ def norm_forward(
         return
     M = stats.shape[1]
     N = n // M
-    weight, bias = (t if t is None or t.is_contiguous() else t.contiguous() for t in (weight, bias))
+    weight = weight if weight is None or weight.is_contiguous() else weight.contiguous()
+    bias = bias if bias is None or bias.is_contiguous() else bias.contiguous()
     if x.is_contiguous() and (residual is None or residual.is_contiguous()):
         sizes, x_at, residual_at = (1, 1, M), dense(x, N), dense(residual, N)
         y_at, h_at = dense(y, N), dense(h, N)
@@ -105,7 +106,8 @@ def norm_backward(
     N = n // M
     if dresidual is dx:
         dresidual = None
-    weight, bias = (t if t is None or t.is_contiguous() else t.contiguous() for t in (weight, bias))
+    weight = weight if weight is None or weight.is_contiguous() else weight.contiguous()
+    bias = bias if bias is None or bias.is_contiguous() else bias.contiguous()
     if dy.dtype != base.dtype and not spec.memory_efficient and base.dtype != torch.float32:
         dy, base = dy.float(), base.float()
     if dy.is_contiguous() and base.is_contiguous() and (dh is None or dh.is_contiguous()):

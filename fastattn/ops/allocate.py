@@ -1,0 +1,11 @@
+"""Memory for results."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def contiguous_like(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised contiguous tensor of t's shape. `t.new_empty(t.shape)` takes twice the time, 2 µs."""
+    return torch.empty_like(t, dtype=dtype, memory_format=torch.contiguous_format)

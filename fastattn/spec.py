@@ -36,6 +36,13 @@ class AttentionInputs(NamedTuple):
         return self.q.shape[0] if self.cu_seqlens_q is None else self.cu_seqlens_q.shape[0] - 1
 
 
+class Work(NamedTuple):
+    """How much one call computes, by which a backend says whether it is worth its overhead. No part of a spec."""
+
+    amount: int  # elements of the input; for attention, multiply-adds of q kᵀ
+    gradient: bool  # whether a backward is to come
+
+
 DIFFERENTIABLE_INPUTS = ("q", "k", "v", "bias", "alibi_slopes", "sinks")
 
 

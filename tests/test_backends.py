@@ -26,7 +26,7 @@ class Forward(ModuleType):
         self.why = why
         self.calls: list[str] = []
         if only_on_request:
-            self.only_on_request = lambda spec, device: only_on_request
+            self.only_on_request = lambda spec, device, work: only_on_request
 
     def available(self, device):
         return None

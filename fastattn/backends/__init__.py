@@ -4,7 +4,7 @@ A backend is a module with `NAME`, `COMPOSITE`, `available(device)` and `unsuppo
 None for yes, or the reason. A composite backend is differentiable torch code and is called as it is; a kernel backend
 fills tensors, and `fastattn.ops` gives it its derivative. One that has no kernel for a derivative leaves that entry
 out, and the next kernel backend that has it computes it from the same saved tensors. A backend may have
-`only_on_request(spec, device)`: why it is not taken unless it is named.
+`only_on_request(spec, device, work)`: why it is not taken unless it is named; `work` is None where it is not known.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 from fastattn.backends import cpu, cuda, eager, reference, triton
 from fastattn.errors import ArgumentError, ArgumentTypeError, UnsupportedError, kind
-from fastattn.spec import AttentionSpec, Spec
+from fastattn.spec import AttentionSpec, Spec, Work
 
 _BACKENDS: dict[str, ModuleType] = {backend.NAME: backend for backend in (cuda, triton, cpu, eager, reference)}
 ORDER: tuple[str, ...] = tuple(_BACKENDS)
@@ -71,15 +71,15 @@ def _find(entry: str, name: str, spec: Spec, device: torch.device) -> tuple[Modu
     return None, "; ".join(reasons)
 
 
-def _passed_over(name: str, spec: Spec, device: torch.device) -> str | None:
+def _passed_over(name: str, spec: Spec, device: torch.device, work: Work | None) -> str | None:
     """Why backend `name` does not serve a call that names none."""
     if why := unsupported(name, spec, device):
         return why
     only_on_request = getattr(get(name), "only_on_request", None)
-    return only_on_request(spec, device) if only_on_request else None
+    return only_on_request(spec, device, work) if only_on_request else None
 
 
-def select(spec: Spec, device: torch.device, requested: str | None = None) -> ModuleType:
+def select(spec: Spec, device: torch.device, requested: str | None = None, work: Work | None = None) -> ModuleType:
     """The backend that serves this call: the one asked for, or an error; else the first that supports it."""
     if requested is not None:
         backend = get(requested)
@@ -88,7 +88,7 @@ def select(spec: Spec, device: torch.device, requested: str | None = None) -> Mo
         return backend
     reasons = {}
     for name in ORDER:
-        why = _passed_over(name, spec, device)
+        why = _passed_over(name, spec, device, work)
         if why is None:
             return get(name)
         reasons[name] = why
@@ -119,7 +119,7 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explain(spec: Spec, device: torch.device, requested: str | None = None) -> Explanation:
+def explain(spec: Spec, device: torch.device, requested: str | None = None, work: Work | None = None) -> Explanation:
     """What `select` would do, and why; raises for an unknown name, never for want of support."""
     reasons: dict[str, str] = {}
     if requested is not None:
@@ -128,7 +128,7 @@ def explain(spec: Spec, device: torch.device, requested: str | None = None) -> E
         if requested is not None and name != requested:
             reasons[name] = f"backend={requested!r} was asked for"
             continue
-        why = (_passed_over if requested is None else unsupported)(name, spec, device)
+        why = _passed_over(name, spec, device, work) if requested is None else unsupported(name, spec, device)
         if why is None:
             return Explanation(spec, device, name, _describe(name, spec, device), reasons)
         reasons[name] = why

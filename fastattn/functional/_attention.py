@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import ModuleType
 from typing import Literal, TypedDict, Unpack, overload
 
@@ -10,21 +11,26 @@ from torch import Tensor
 
 from fastattn import _arguments as check
 from fastattn import backends
-from fastattn.functional._plan import autocast, cached
+from fastattn.functional._plan import autocast, cached, wants_gradient, work_of
 from fastattn.ops.attention import attention as attention_op
-from fastattn.spec import AttentionInputs, AttentionSpec
+from fastattn.spec import AttentionInputs, AttentionSpec, Work
 
 
 @cached
 def _attention_plan(
-    fn, backend, q_shape, k_shape, v_shape, q_dtype, k_dtype, v_dtype, q_device, k_device, v_device,
-    causal, left, right, scale, softcap, dropout_p, deterministic, *present,
+    fn, backend, gradient, return_lse, q_shape, k_shape, v_shape, q_dtype, k_dtype, v_dtype,
+    q_device, k_device, v_device, causal, left, right, scale, softcap, dropout_p, deterministic, *present,
 ) -> tuple[ModuleType, AttentionSpec]:  # fmt: skip
     spec = check.attention_spec(
         fn, (q_shape, k_shape, v_shape), (q_dtype, k_dtype, v_dtype), (q_device, k_device, v_device),
         causal, (left, right), scale, softcap, dropout_p, deterministic, present,
     )  # fmt: skip
-    return backends.select(spec, q_device, backend), spec
+    return backends.select(spec, q_device, backend, attention_work(q_shape, k_shape, gradient, return_lse)), spec
+
+
+def attention_work(q_shape, k_shape, gradient: bool, return_lse: bool) -> Work | None:
+    """None with an lse: torch's function has none."""
+    return None if return_lse else work_of(math.prod(q_shape) * k_shape[2], gradient)
 
 
 def _attend(
@@ -36,7 +42,8 @@ def _attend(
         q, k, v = autocast(q, k, v)
     left, right = (None, None) if window is None else check.window_sides(fn, window)
     run, spec = _attention_plan(
-        fn, backend, q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device,
+        fn, backend, wants_gradient(q, k, v), return_lse, q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype,
+        q.device, k.device, v.device,
         causal, left, right, scale, softcap, dropout_p, deterministic,
         bias is not None, mask is not None, alibi_slopes is not None, sinks is not None, sequences is not None,
     )  # fmt: skip

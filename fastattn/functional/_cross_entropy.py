@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from types import ModuleType
@@ -15,7 +16,7 @@ from fastattn import _arguments as check
 from fastattn import backends
 from fastattn.errors import ArgumentError, ArgumentTypeError, kind
 from fastattn.functional._overwrite import may_share, overlaps_itself, same_places
-from fastattn.functional._plan import autocast, cached, facts
+from fastattn.functional._plan import autocast, cached, facts, wants_gradient, work_of
 from fastattn.ops.cross_entropy import cross_entropy as cross_entropy_op
 from fastattn.ops.cross_entropy import cross_entropy_with_gradient
 from fastattn.ops.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy_op
@@ -83,12 +84,10 @@ def cross_entropy(
         >>> cross_entropy(torch.zeros(2, 4), torch.tensor([1, 3]))
         tensor(1.3863)
     """
-    run, spec = _plan(
-        backend,
-        *cross_entropy_arguments(
-            logits, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap, inplace_backward
-        ),
+    arguments = cross_entropy_arguments(
+        logits, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap, inplace_backward
     )
+    run, spec = _plan(backend, wants_gradient(logits), *arguments)
     check_classes("cross_entropy", target, spec, logits)
     if run.COMPOSITE:
         return run.cross_entropy(*at_least(spec.loss_dtype, logits, target, weight), spec)
@@ -148,9 +147,9 @@ def check_overwritten(fn: str, logits: Tensor, target: Tensor, weight: Tensor | 
 
 
 @cached
-def _plan(backend, logits, *rest) -> tuple[ModuleType, CrossEntropySpec]:
+def _plan(backend, gradient, logits, *rest) -> tuple[ModuleType, CrossEntropySpec]:
     spec = cross_entropy_spec(logits, *rest)
-    return backends.select(spec, logits[2], backend), spec
+    return backends.select(spec, logits[2], backend, work_of(math.prod(logits[0]), gradient)), spec
 
 
 def cross_entropy_spec(logits, target, weight, under_autocast, differentiates, *options) -> CrossEntropySpec:

@@ -10,7 +10,7 @@ from fastattn import _arguments as check
 from fastattn import backends
 from fastattn.backends import Explanation
 from fastattn.errors import ArgumentTypeError, FastattnError, kind
-from fastattn.functional._attention import attention, varlen_attention
+from fastattn.functional._attention import attention, attention_work, varlen_attention
 from fastattn.functional._cross_entropy import (
     check_classes,
     cross_entropy,
@@ -23,7 +23,7 @@ from fastattn.functional._cross_entropy import (
 from fastattn.functional._dropout_add import dropout_add, dropout_add_arguments, dropout_add_spec
 from fastattn.functional._gated import gated_spec, geglu, swiglu
 from fastattn.functional._norm import check_norm_tensors, layer_norm, norm_out_dtype, rms_norm
-from fastattn.functional._plan import autocast, facts
+from fastattn.functional._plan import autocast, facts, wants_gradient, work_of
 from fastattn.functional._rotary import check_rotary_values, rotary_arguments, rotary_embedding, rotary_spec
 from fastattn.functional._sdpa import in_sdpa_names, scaled_dot_product_attention, sdpa_arguments
 from fastattn.functional._softmax import check_softmax_mask, log_softmax, softmax, softmax_overwrites
@@ -55,8 +55,8 @@ def explain(fn: Callable, *args: Any, **kwargs: Any) -> Explanation:
         raise ArgumentTypeError(f"explain: `fn` is {given}; it must be one of {names}.")
     bound = inspect.signature(fn).bind(*args, **kwargs)
     bound.apply_defaults()
-    spec, device = specs(**bound.arguments)
-    return backends.explain(spec, device, bound.arguments.get("backend"))
+    spec, device, *work = specs(**bound.arguments)
+    return backends.explain(spec, device, bound.arguments.get("backend"), *work)
 
 
 def _attention_spec(
@@ -76,7 +76,7 @@ def _attention_spec(
     B = q.shape[0] if sequences is None else sequences.B
     scales = {"q_scale": q_scale, "k_scale": k_scale, "v_scale": v_scale}
     check.fp8_scales(fn, spec, B, (*tensors, bias, alibi_slopes, sinks), scales)
-    return spec, q.device
+    return spec, q.device, attention_work(tensors[0].shape, tensors[1].shape, wants_gradient(q, k, v), return_lse)
 
 
 def _varlen_spec(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *, causal, **options):
@@ -105,7 +105,8 @@ def _norm_spec(fn):
         row = check.row_shape(fn, normalized_shape)
         tensors = facts(weight), facts(bias), facts(residual)
         options = eps, dropout_p, weight_offset, memory_efficient, norm_out_dtype(x)
-        return check.norm_spec(fn, facts(x), row, *tensors, *options), x.device
+        spec = check.norm_spec(fn, facts(x), row, *tensors, *options)
+        return spec, x.device, work_of(x.numel(), wants_gradient(x, weight))
 
     return spec
 
@@ -116,7 +117,8 @@ def _softmax_spec(fn):
         if mask is not None:
             check_softmax_mask(fn, x, mask)
         overwrites = softmax_overwrites(fn, x, mask, inplace)
-        return check.softmax_spec(fn, x.shape, x.dtype, dim, scale, causal, mask is not None, overwrites), x.device
+        spec = check.softmax_spec(fn, x.shape, x.dtype, dim, scale, causal, mask is not None, overwrites)
+        return spec, x.device, work_of(x.numel(), wants_gradient(x))
 
     return spec
 
@@ -126,7 +128,8 @@ def _gated_spec(fn):
         check.check_tensor(fn, "gate", gate)
         check.check_tensor(fn, "up", up)
         shapes, dtypes, devices = zip(facts(gate), facts(up), strict=True)
-        return gated_spec(fn, shapes, dtypes, devices, approximate), gate.device
+        spec = gated_spec(fn, shapes, dtypes, devices, approximate)
+        return spec, gate.device, work_of(gate.numel(), wants_gradient(gate, up))
 
     return spec
 
@@ -145,7 +148,7 @@ def _rotary_spec(x, cos, sin, interleaved, position_ids, cu_seqlens, inplace, ba
 def _cross_entropy_spec(logits, target, *, backend, **options):
     spec = cross_entropy_spec(*cross_entropy_arguments(logits, target, **options))
     check_classes("cross_entropy", target, spec, logits)
-    return spec, logits.device
+    return spec, logits.device, work_of(logits.numel(), wants_gradient(logits))
 
 
 def _linear_cross_entropy_spec(hidden, weight, target, *, backend, **options):

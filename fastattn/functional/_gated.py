@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import ModuleType
 
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch import Tensor
 from fastattn import _arguments as check
 from fastattn import backends
 from fastattn.errors import ArgumentError, ArgumentTypeError, kind
-from fastattn.functional._plan import cached
+from fastattn.functional._plan import cached, wants_gradient, work_of
 from fastattn.ops.gated import gated as gated_op
 from fastattn.spec import GatedSpec
 
@@ -30,16 +31,17 @@ def gated_spec(fn: str, shapes, dtypes, devices, approximate: str) -> GatedSpec:
 
 
 @cached
-def _plan(fn, backend, approximate, gate_shape, up_shape, *facts) -> tuple[ModuleType, GatedSpec]:
+def _plan(fn, backend, gradient, approximate, gate_shape, up_shape, *facts) -> tuple[ModuleType, GatedSpec]:
     spec = gated_spec(fn, (gate_shape, up_shape), facts[:2], facts[2:], approximate)
-    return backends.select(spec, facts[2], backend), spec
+    return backends.select(spec, facts[2], backend, work_of(math.prod(gate_shape), gradient)), spec
 
 
 def _gated(fn: str, gate: Tensor, up: Tensor, approximate: str, backend: str | None) -> Tensor:
     check.check_tensor(fn, "gate", gate)
     check.check_tensor(fn, "up", up)
     run, spec = _plan(
-        fn, backend, approximate, gate.shape, up.shape, gate.dtype, up.dtype, gate.device, up.device
+        fn, backend, wants_gradient(gate, up), approximate, gate.shape, up.shape, gate.dtype, up.dtype, gate.device,
+        up.device,
     )  # fmt: skip
     if run.COMPOSITE:
         return run.gated(gate, up, spec)

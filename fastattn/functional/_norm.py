@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from types import ModuleType
 from typing import overload
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from fastattn import _arguments as check
 from fastattn import backends
-from fastattn.functional._plan import cached, facts
+from fastattn.functional._plan import cached, facts, wants_gradient, work_of
 from fastattn.ops.define import Operator
 from fastattn.ops.norm import layer_norm as layer_norm_op
 from fastattn.ops.norm import rms_norm as rms_norm_op
@@ -22,14 +23,14 @@ Shape = int | Sequence[int]
 
 @cached
 def _norm_plan(
-    backend, fn, x_shape, x_dtype, x_device, weight, bias, residual, eps, dropout_p, weight_offset, memory_efficient,
-    out_dtype, *row,
+    backend, gradient, fn, x_shape, x_dtype, x_device, weight, bias, residual, eps, dropout_p, weight_offset,
+    memory_efficient, out_dtype, *row,
 ) -> tuple[ModuleType, NormSpec]:  # fmt: skip
     spec = check.norm_spec(
         fn, (x_shape, x_dtype, x_device), row, weight, bias, residual, eps, dropout_p, weight_offset,
         memory_efficient, out_dtype,
     )  # fmt: skip
-    return backends.select(spec, x_device, backend), spec
+    return backends.select(spec, x_device, backend, work_of(math.prod(x_shape), gradient)), spec
 
 
 def check_norm_tensors(fn: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> None:
@@ -68,7 +69,8 @@ def _norm(
     if type(normalized_shape) is not tuple:
         normalized_shape = check.row_shape(fn, normalized_shape)
     run, spec = _norm_plan(
-        backend, fn, x.shape, x.dtype, x.device, facts(weight), facts(bias), facts(residual), eps, dropout_p,
+        backend, wants_gradient(x, weight), fn, x.shape, x.dtype, x.device, facts(weight), facts(bias),
+        facts(residual), eps, dropout_p,
         weight_offset, memory_efficient, norm_out_dtype(x), *normalized_shape,
     )  # fmt: skip
     if residual is None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastattn.backends import has_kernels as has_kernels
 from fastattn.errors import ArgumentTypeError
+from fastattn.spec import Work
 
 _PLANS = 4096  # checked calls that are remembered, by shapes, dtypes and options
 
@@ -30,6 +31,21 @@ def cached(plan: Callable) -> Callable:
             return plan(*args)
 
     return lookup
+
+
+def work_of(amount: int, gradient: bool) -> Work | None:
+    """What a plan tells `backends.select` of the call's size; nothing to a compiler, which would guard on it."""
+    return None if torch.compiler.is_compiling() else Work(amount, gradient)
+
+
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd records what is computed of these."""
+    if not torch.is_grad_enabled():
+        return False
+    for t in tensors:
+        if t is not None and t.requires_grad:
+            return True
+    return False
 
 
 def facts(t: Tensor | None) -> Any:

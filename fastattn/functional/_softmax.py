@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import ModuleType
 
 import torch
@@ -11,15 +12,15 @@ from fastattn import _arguments as check
 from fastattn import backends
 from fastattn.errors import ArgumentTypeError
 from fastattn.functional._overwrite import check_overwritten, overwritable
-from fastattn.functional._plan import cached
+from fastattn.functional._plan import cached, wants_gradient, work_of
 from fastattn.ops.softmax import softmax as softmax_op
 from fastattn.spec import SoftmaxSpec
 
 
 @cached
-def _softmax_plan(device, backend, *spec_args) -> tuple[ModuleType, SoftmaxSpec]:
+def _softmax_plan(device, backend, gradient, *spec_args) -> tuple[ModuleType, SoftmaxSpec]:
     spec = check.softmax_spec(*spec_args)
-    return backends.select(spec, device, backend), spec
+    return backends.select(spec, device, backend, work_of(math.prod(spec_args[1]), gradient)), spec
 
 
 def _softmax(
@@ -37,7 +38,9 @@ def _softmax(
     if not inplace and x.is_cuda and torch.is_autocast_enabled("cuda"):
         x = x.float()
     overwrites = softmax_overwrites(fn, x, mask, inplace)
-    run, spec = _softmax_plan(x.device, backend, fn, x.shape, x.dtype, dim, scale, causal, mask is not None, overwrites)
+    run, spec = _softmax_plan(
+        x.device, backend, wants_gradient(x), fn, x.shape, x.dtype, dim, scale, causal, mask is not None, overwrites
+    )
     if mask is not None:
         mask = check_softmax_mask(fn, x, mask)
     if run.COMPOSITE:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from fastattn.backends.cpu import attention, attention_jvp, loss, module, rows
-from fastattn.spec import AttentionSpec, CrossEntropySpec, Spec
+from fastattn.backends.cpu import attention, attention_jvp, loss, module, routing, rows
+from fastattn.spec import AttentionSpec, Spec, Work
 
 NAME = "cpu"
 COMPOSITE = False
@@ -46,11 +46,8 @@ def unsupported(spec: Spec, device: torch.device) -> str | None:
     return rows.unsupported(spec)
 
 
-def only_on_request(spec: Spec, device: torch.device) -> str | None:
-    """Where torch was measured to be faster."""
-    if isinstance(spec, CrossEntropySpec) and spec.inner:
-        return "its rows of classes lie together, and those of (N, V, d1, …) are copied: torch is faster there"
-    return None
+def only_on_request(spec: Spec, device: torch.device, work: Work | None) -> str | None:
+    return routing.faster_in_torch(spec, work)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -10,7 +10,7 @@ import os
 import torch
 
 from fastattn.backends.cuda import attention, module, rows
-from fastattn.spec import AttentionSpec, CrossEntropySpec, NormSpec, SoftmaxSpec, Spec
+from fastattn.spec import AttentionSpec, CrossEntropySpec, NormSpec, SoftmaxSpec, Spec, Work
 
 NAME = "cuda"
 COMPOSITE = False
@@ -30,7 +30,7 @@ def available(device: torch.device) -> str | None:
     return module.why_not(device)
 
 
-def only_on_request(spec: Spec, device: torch.device) -> str | None:
+def only_on_request(spec: Spec, device: torch.device, work: Work | None) -> str | None:
     if WANTED:
         return None
     return "its kernels are proven in an emulator, not yet on a GPU: backend='cuda' or FASTATTN_CUDA=1 asks for them"

@@ -1,0 +1,61 @@
+"""Calls that torch's own operations finish sooner than these kernels. `python -m benchmarks.routing` measures them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from fastattn.spec import AttentionSpec, CrossEntropySpec, GatedSpec, NormSpec, SoftmaxSpec, Spec, Work
+
+
+class Limits(NamedTuple):
+    """Up to how much work the way to a kernel costs more than the kernel saves: a few µs, and with a backward 50."""
+
+    float32: int
+    float32_gradient: int
+    half: int  # float16 and bfloat16
+    half_gradient: int
+
+    def of(self, dtype: torch.dtype, gradient: bool) -> int:
+        if dtype == torch.float32:
+            return self.float32_gradient if gradient else self.float32
+        return self.half_gradient if gradient else self.half
+
+
+SMALL = {
+    "attention": Limits(131_072, 524_288, 4096, 4096),
+    "layer_norm": Limits(16_384, 65_536, 16_384, 32_768),
+    "softmax": Limits(4096, 65_536, 4096, 32_768),
+    "swiglu": Limits(0, 16_384, 0, 0),
+    "geglu": Limits(0, 16_384, 0, 0),
+    "cross_entropy": Limits(4096, 16_384, 4096, 4096),
+}
+
+
+def faster_in_torch(spec: Spec, work: Work | None) -> str | None:
+    """Why torch's operation is the faster one, as a clause; None: it is not."""
+    if isinstance(spec, CrossEntropySpec) and spec.inner:
+        return "its rows of classes lie together, and those of (N, V, d1, …) are copied: torch is faster there"
+    if work is None or not _is_one_operation(spec):
+        return None
+    limit = SMALL[spec.op].of(spec.dtype, work.gradient)
+    if work.amount > limit:
+        return None
+    unit = "multiply-adds of q kᵀ" if spec.op == "attention" else "elements"
+    behind = " and a backward" if work.gradient else ""
+    return f"a call of {work.amount} {unit}{behind} is small: up to {limit} torch's own operation is faster"
+
+
+def _is_one_operation(spec: Spec) -> bool:
+    """Whether `eager` computes it by one operation of torch, which is quick to call; for a gated activation, by two."""
+    if isinstance(spec, AttentionSpec):
+        return spec.plain and spec.scale > 0.0
+    if isinstance(spec, NormSpec):
+        plain = not (spec.rms or spec.residual or spec.memory_efficient or spec.weight_offset)
+        return plain and all(dtype in (None, spec.dtype) for dtype in (spec.weight_dtype, spec.bias_dtype))
+    if isinstance(spec, SoftmaxSpec):
+        return not (spec.mask or spec.causal or spec.inplace) and spec.scale == 1.0
+    if isinstance(spec, CrossEntropySpec):
+        return not (spec.probabilities or spec.z_loss or spec.softcap or spec.inplace)
+    return isinstance(spec, GatedSpec)

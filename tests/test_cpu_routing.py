@@ -1,0 +1,96 @@
+"""Small calls on CPU tensors go to torch's own operation, which is sooner done; `explain` says so."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fastattn
+from fastattn import backends
+from fastattn.backends.cpu import module
+from fastattn.backends.cpu.routing import SMALL
+
+F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
+pytestmark = pytest.mark.skipif(module.why_not() is not None, reason="the native module is not built")
+
+
+@pytest.fixture(autouse=True)
+def nothing_before_the_kernels(monkeypatch):
+    """As on a machine where no interpreter stands before them."""
+    monkeypatch.setattr(backends, "ORDER", ("cpu", "eager", "reference"))
+
+
+def call(op: str, n: int, dtype: torch.dtype, gradient: bool, **options):
+    """Who serves a call of n elements, or of n multiply-adds of q kᵀ."""
+    rows = torch.zeros(n // 8, 8, dtype=dtype, requires_grad=gradient)
+    arguments = {
+        "attention": lambda: [rows.view(1, n // 8, 1, 8)] * 3,
+        "layer_norm": lambda: [rows, 8],
+        "softmax": lambda: [rows],
+        "swiglu": lambda: [rows, rows],
+        "geglu": lambda: [rows, rows],
+        "cross_entropy": lambda: [rows, torch.zeros(n // 8, dtype=torch.long)],
+    }
+    return fastattn.explain(getattr(fastattn, op), *arguments[op](), **options)
+
+
+@pytest.mark.parametrize("gradient", [False, True], ids=["forward", "step"])
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("op", SMALL)
+def test_up_to_its_limit_a_call_is_torchs(op, dtype, gradient):
+    limit = SMALL[op].of(dtype, gradient)
+    above = call(op, limit + 8, dtype, gradient)
+    assert above.backend == "cpu"
+    if limit == 0:
+        return
+    at = call(op, limit, dtype, gradient)
+    assert at.backend == "eager"
+    assert f"{limit} " in at.reasons["cpu"]
+    assert ("backward" in at.reasons["cpu"]) == gradient
+    with torch.no_grad():
+        assert call(op, limit, dtype, gradient).backend == call(op, limit, dtype, False).backend
+    assert call(op, limit, dtype, gradient, backend="cpu").backend == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("op", "options"),
+    [
+        ("attention", {"causal": "bottom_right"}),
+        ("attention", {"softcap": 2.0}),
+        ("attention", {"return_lse": True}),
+        ("layer_norm", {"residual": torch.zeros(8, 8)}),
+        ("softmax", {"scale": 2.0}),
+        ("softmax", {"causal": True}),
+        ("cross_entropy", {"z_loss": 0.1}),
+    ],
+    ids=str,
+)
+def test_what_is_no_single_operation_of_torch_is_the_kernels(op, options):
+    assert call(op, 64, F32, False).backend == "eager"
+    assert call(op, 64, F32, False, **options).backend == "cpu"
+
+
+def test_the_call_itself_goes_where_explain_says():
+    script = """
+import torch, fastattn
+from fastattn.backends import cpu, eager
+entered = []
+for backend, name in ((cpu, "norm_forward"), (eager, "norm")):
+    def spy(*args, function=getattr(backend, name), backend=backend):
+        entered.append(backend.NAME)
+        return function(*args)
+    setattr(backend, name, spy)
+small, large = torch.zeros(8, 8), torch.zeros(4096, 8)
+fastattn.layer_norm(small, 8)
+fastattn.layer_norm(large, 8)
+fastattn.layer_norm(large.requires_grad_(), 8)
+fastattn.layer_norm(small, 8, backend="cpu")
+print(*entered)
+"""
+    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTATTN_EMULATE")}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert done.stdout.split() == ["eager", "cpu", "eager", "cpu"], done.stderr

@@ -28,6 +28,7 @@ struct Sequence {
 
 constexpr int BLOCK_M = 64;   // query rows of a tile: the lanes
 constexpr int BLOCK_N = 64;  // keys of a block
+constexpr int FEW_ROWS = 8;   // so few queries, as when a token is decoded, would leave most lanes without work
 
 struct AttentionParams {
   DType dtype = DType::float32;  // of q, k, v, o and their gradients
@@ -49,9 +50,12 @@ struct AttentionParams {
   uint64_t seed = 0;
   int64_t dropout_threshold = 0;  // a probability is kept if a 32-bit word is at least this
   float dropout_scale = 1.f;
+  bool as_many = false;  // rows are treated as if there were many
 
-  int G() const { return H / H_kv; }
-  int64_t lse_index(int b, int h) const {  // of row 0 of a sequence
+  FASTATTN_INLINE int G() const { return H / H_kv; }
+  // Whether the queries of a key head are so few that keys are what lies in lanes
+  FASTATTN_INLINE bool few(const Sequence& s) const { return !as_many && G() * s.S_q <= FEW_ROWS; }
+  FASTATTN_INLINE int64_t lse_index(int b, int h) const {  // of row 0 of a sequence
     return packed ? h * rows_q + sequences[b].first_q : (int64_t(b) * H + h) * rows_q;
   }
 };
@@ -88,9 +92,9 @@ struct ForwardPlan {
 // Tiles of the G · S_q rows of one key head. Heads of many rows have tiles of their own; those of few share them.
 struct RowLayout {
   int G, S_q;
-  bool shared() const { return S_q < BLOCK_M; }
-  int tiles_of_head() const { return (S_q + BLOCK_M - 1) / BLOCK_M; }
-  int tiles() const { return shared() ? (G * S_q + BLOCK_M - 1) / BLOCK_M : G * tiles_of_head(); }
+  FASTATTN_INLINE bool shared() const { return S_q < BLOCK_M; }
+  FASTATTN_INLINE int tiles_of_head() const { return (S_q + BLOCK_M - 1) / BLOCK_M; }
+  FASTATTN_INLINE int tiles() const { return shared() ? (G * S_q + BLOCK_M - 1) / BLOCK_M : G * tiles_of_head(); }
 };
 
 // Keys n_lo … n_hi - 1 and query tiles t_lo … t_hi - 1 of one key head. Of the queries of a head, each group of keys has
@@ -108,7 +112,7 @@ struct BackwardPlan {
 
 // What the backward keeps of each row and tile
 struct RowSums {
-  float* lse;     // as p.lse, in base 2; inf for a row that saw nothing, so that its probabilities are 0
+  float* lse;     // as p.lse; inf for a row that saw nothing, so that its probabilities are 0
   float* delta;   // the same: rowsum(o ∘ do) - dlse
   float* dq;      // (key_groups, tiles, D, M), without the scale
   float* dslope;  // (key_groups, tiles, M), -dslope by row; nullptr: not wanted

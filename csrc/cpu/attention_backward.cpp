@@ -226,7 +226,7 @@ void run(const AttentionParams& p, const AttentionGradients& g, const BackwardPl
   }
 }
 
-// delta, and lse in base 2, of the rows of one head
+// delta and lse of the rows of one head
 template <class T>
 void prepare(const AttentionParams& p, const AttentionGradients& g, const RowSums& sums, int b, int h) {
   const Sequence& sequence = p.sequences.data()[b];
@@ -241,7 +241,7 @@ void prepare(const AttentionParams& p, const AttentionGradients& g, const RowSum
     }
     const float dlse = g.dlse == nullptr ? 0.f : g.dlse[b * g.dlse_b + h * g.dlse_h + row * g.dlse_m];
     const bool empty = p.lse[at] == -__builtin_inff();
-    sums.lse[at] = empty ? __builtin_inff() : p.lse[at] * LOG2_E;
+    sums.lse[at] = empty ? __builtin_inff() : p.lse[at];
     sums.delta[at] = empty ? 0.f : reduce_sum(sum) - dlse;
   }
 }
@@ -309,7 +309,11 @@ void run_all(const AttentionParams& p, const AttentionGradients& g, const Backwa
   });
   if (g.dq.data != nullptr)
     parallel_ranges(threads, first_tile[heads], 8, [&](int64_t first, int64_t last, int) {
-      int head = 0;
+      int head = 0;  // the last one that begins at or before `first`
+      for (int above = heads; above - head > 1;) {
+        const int middle = (head + above) / 2;
+        (first_tile[middle] <= first ? head : above) = middle;
+      }
       for (int64_t tile = first; tile < last; ++tile) {
         while (first_tile[head + 1] <= tile) ++head;
         finish_dq<T>(p, g, plan, sums, head, tile);

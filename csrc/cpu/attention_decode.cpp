@@ -41,7 +41,7 @@ void scores(const T* const* k, int n, int64_t stride, int D, int rows, const int
   }
 }
 
-// As online_softmax of attention_forward.cpp, one row after the other. `kept`: factors of dropout, or nullptr.
+// As online_softmax of attention_forward.cpp, row by row. `kept`: factors of dropout, or nullptr.
 template <class T>
 void softmax(int rows, int n, float factor, const float* s, const float* kept, int32_t* p, Sums& sums, float* rescale) {
   constexpr bool COARSE = std::is_same_v<T, bf16>;
@@ -50,14 +50,14 @@ void softmax(int rows, int n, float factor, const float* s, const float* kept, i
   for (int l = 0; l < rows; ++l, s += BLOCK_N, p += BLOCK_N / DEPTH) {
     Vec top = load(s);
     for (int i = LANES; i < n; i += LANES) top = max(top, load(s + i));
-    const Vec now = max(broadcast(sums.max[l]), broadcast(reduce_max(top) * factor));
+    const Vec now = max(broadcast(sums.max[l]), broadcast(reduce_max(top))), f = broadcast(factor * LOG2_E);
     const Vec offset = select(now == broadcast(nothing), Vec{}, now);
-    const Vec scale = exp2_softmax<false>(broadcast(sums.max[l]) - offset);
+    const Vec scale = exp2_softmax<false>((broadcast(sums.max[l]) - offset) * f);
     sums.max[l] = now[0];
     rescale[l] = scale[0];
     Vec sum{};
     for (int i = 0; i < n; i += LANES) {
-      const Vec e = exp2_softmax<COARSE>(fma(load(s + i), broadcast(factor), -offset));
+      const Vec e = exp2_softmax<COARSE>((load(s + i) - offset) * f);
       sum += e;
       const Vec weight = kept == nullptr ? e : e * load(kept + l * BLOCK_N + i);
       if constexpr (DEPTH == 2)

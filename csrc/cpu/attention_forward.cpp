@@ -11,7 +11,7 @@
 namespace fastattn::FASTATTN_ISA {
 namespace {
 
-// One more block of n logits s: p = exp2(factor · s - max), multiplied by the factors of dropout, and by how much what
+// One more block of n scores s: p = exp((s - max) · factor), multiplied by the factors of dropout, and by how much what
 // was summed before is to be rescaled. A row that has seen nothing keeps the maximum -inf, and subtracts 0.
 template <class T, bool DROPOUT>
 void online_softmax(const Tile& t, int n, float factor, const float* s, const float* dropout, int32_t* p, Sums& sums,
@@ -27,13 +27,13 @@ void online_softmax(const Tile& t, int n, float factor, const float* s, const fl
       for (int u = 0; u < 4; ++u) top[u] = max(top[u], load(column + (i + u) * t.width));
     for (; i < n; ++i) top[0] = max(top[0], load(column + i * t.width));
     const Vec before = load(sums.max + j * LANES);
-    const Vec now = max(before, max(max(top[0], top[1]), max(top[2], top[3])) * broadcast(factor));
-    const Vec offset = select(now == nothing, Vec{}, now), scale = exp2_softmax<false>(before - offset);
+    const Vec now = max(before, max(max(top[0], top[1]), max(top[2], top[3])));
+    const Vec offset = select(now == nothing, Vec{}, now), f = broadcast(factor * LOG2_E);
+    const Vec scale = exp2_softmax<false>((before - offset) * f);
     store(sums.max + j * LANES, now);
     store(rescale + j * LANES, scale);
 
-    const Vec f = broadcast(factor);
-    const auto weight = [&](int key) { return exp2_softmax<COARSE>(fma(load(column + key * t.width), f, -offset)); };
+    const auto weight = [&](int key) { return exp2_softmax<COARSE>((load(column + key * t.width) - offset) * f); };
     const auto kept = [&](Vec e, int key) {
       return DROPOUT ? e * load(dropout + key * t.width + j * LANES) : e;
     };
@@ -90,14 +90,97 @@ void finish(const AttentionParams& p, const Tile& t, int b, const Sums& sums) {
   }
 }
 
+// Keys n_0 … n_0 + n - 1 of a key head as operands of the two products, brought into order when a tile first sees them
+template <class T>
+class Block {
+ public:
+  Block(const AttentionParams& p, const ForwardTask& task, int n_0, ForwardWorkspace<T>& w)
+      : p_(p), w_(w), n_(smaller(BLOCK_N, p.sequences.data()[task.b].S_k - n_0)) {
+    const int64_t row = p.sequences.data()[task.b].first_k + n_0;
+    const T* k = (const T*)p.k.data + task.b * p.k.b + task.h_kv * p.k.h + row * p.k.row;
+    const T* v = (const T*)p.v.data + task.b * p.v.b + task.h_kv * p.v.h + row * p.v.row;
+    for (int i = 0; i < n_; ++i) {
+      k_rows_[i] = k + i * p.k.row;
+      v_rows_[i] = v + i * p.v.row;
+    }
+  }
+
+  int n() const { return n_; }
+  const T* const* v_rows() const { return v_rows_; }
+
+  // (N, D)
+  Operand k() {
+    load();
+    return k_;
+  }
+  // vᵀ (D_v, N); `part`: without the inf and NaN that a probability of 0 would make NaN of, if there are any
+  Operand v(bool part) {
+    load();
+    return part && !finite() ? packed_v(w_.v_finite) : v_;
+  }
+  bool finite() {
+    if (!checked_) {
+      checked_ = true;
+      finite_ = all_finite(v_rows_, n_, p_.v.col, p_.D_v);
+      if (!finite_) pack_stacked<T, true>(v_rows_, n_, p_.v.col, p_.D_v, round_up(p_.D_v, 16), w_.v_finite);
+    }
+    return finite_;
+  }
+
+ private:
+  void load() {
+    if (loaded_) return;
+    loaded_ = true;
+    k_ = rows_in_place<T>(p_.k, p_.D, k_rows_, n_, w_.k);
+    if (Element<T>::DEPTH == 1 && in_place<T>(p_.v, p_.D_v)) {
+      v_ = {(const char*)v_rows_[0], 4, int64_t(p_.v.row * sizeof(T))};
+    } else {
+      pack_stacked<T, false>(v_rows_, n_, p_.v.col, p_.D_v, round_up(p_.D_v, 16), w_.v);
+      v_ = packed_v(w_.v);
+    }
+  }
+  Operand packed_v(const int32_t* v) const { return {(const char*)v, 4, round_up(p_.D_v, 16) * 4}; }
+
+  const AttentionParams& p_;
+  ForwardWorkspace<T>& w_;
+  int n_;
+  bool loaded_ = false, checked_ = false, finite_ = true;
+  const T *k_rows_[BLOCK_N], *v_rows_[BLOCK_N];
+  Operand k_{}, v_{};
+};
+
+// One tile of queries against one block of keys, of which it sees n, all or in part
+template <class T>
+void visit(const AttentionParams& p, const ForwardTask& task, const Window& window, const Score& score, const Tile& t,
+           int n_0, int n, Seen what, Block<T>& block, Sums& sums, ForwardWorkspace<T>& w) {
+  using E = Element<T>;
+  const bool part = what == Seen::part;
+  product<E>(n, depth_of<T>(p.D), t.width, block.k(), sums.q, t.width, w.s, t.width, Start::zero);
+  apply_score(p, p.sequences.data()[task.b], score, t, task.b, n_0, n, w.s, nullptr, w.entries);
+  if (part) {
+    visible(p, window, t, task.b, n_0, n, w.keep);
+    hide(w.keep, n * t.width, w.s);
+  }
+  if (p.dropout) {
+    dropout_factors(p, t, task.b, n_0, n, w.entries);
+    online_softmax<T, true>(t, n, score.factor, w.s, w.entries, w.p, sums, w.rescale);
+  } else {
+    online_softmax<T, false>(t, n, score.factor, w.s, nullptr, w.p, sums, w.rescale);
+  }
+  product<E>(p.D_v, (n + E::DEPTH - 1) / E::DEPTH, t.width, block.v(part), w.p, t.width, sums.o, t.width,
+             Start::rescale, w.rescale);
+  if (part && !block.finite())
+    for_non_finite(block.v_rows(), n, p.v.col, p.D_v, t, w.keep, [&](int l, int i, int d, float x) {
+      sums.o[d * t.width + l] += weight_of<T>(w.p + i / E::DEPTH * t.width + l, i) * x;
+    });
+}
+
 template <class T>
 void run(const AttentionParams& p, const ForwardTask& task, ForwardWorkspace<T>& w, float* parts) {
-  using E = Element<T>;
   const Sequence& sequence = p.sequences.data()[task.b];
   const RowLayout layout{p.G(), sequence.S_q};
   const Window window = Window::of(p, sequence);
   const Score score(p);
-  const int D = depth_of<T>(p.D), D_v = round_up(p.D_v, 16);
   Tile tiles[MOST_TILES];
   int first[MOST_TILES], end[MOST_TILES], lo = task.n_hi, hi = task.n_lo;
   for (int i = 0; i < task.n_tiles; ++i) {
@@ -112,58 +195,14 @@ void run(const AttentionParams& p, const ForwardTask& task, ForwardWorkspace<T>&
     begin(w.sums[i], t.width, p.D_v * t.width);
   }
 
-  const T* k_base = (const T*)p.k.data + task.b * p.k.b + task.h_kv * p.k.h + sequence.first_k * p.k.row;
-  const T* v_base = (const T*)p.v.data + task.b * p.v.b + task.h_kv * p.v.h + sequence.first_k * p.v.row;
   for (int n_0 = lo / BLOCK_N * BLOCK_N; n_0 < hi; n_0 += BLOCK_N) {
-    const int most = smaller(BLOCK_N, sequence.S_k - n_0);
-    const T *k_rows[BLOCK_N], *v_rows[BLOCK_N];
-    for (int i = 0; i < most; ++i) {
-      k_rows[i] = k_base + (n_0 + i) * p.k.row;
-      v_rows[i] = v_base + (n_0 + i) * p.v.row;
-    }
-    bool packed = false, checked = false, finite = true;
-    Operand k{(const char*)w.k, D * 4, 4}, v{(const char*)w.v, 4, D_v * 4};
+    Block<T> block(p, task, n_0, w);
     for (int i = 0; i < task.n_tiles; ++i) {
-      const Tile& t = tiles[i];
-      Sums& sums = w.sums[i];
       // An odd key that the last pair of elements has room for is looked at too, and hidden.
-      const int n = smaller(round_up(smaller(BLOCK_N, end[i] - n_0), E::DEPTH), most);
+      const int n = smaller(round_up(smaller(BLOCK_N, end[i] - n_0), Element<T>::DEPTH), block.n());
       if (n <= 0 || n_0 + n <= first[i]) continue;
-      const Seen what = seen(p, window, t, task.b, n_0, n_0 + n);
-      if (what == Seen::nothing) continue;
-      if (!packed) {
-        packed = true;
-        k = rows_in_place<T>(p.k, p.D, k_rows, most, w.k);
-        if (E::DEPTH == 1 && in_place<T>(p.v, p.D_v))
-          v = {(const char*)v_rows[0], 4, int64_t(p.v.row * sizeof(T))};
-        else
-          pack_stacked<T, false>(v_rows, most, p.v.col, p.D_v, D_v, w.v);
-      }
-      product<E>(n, D, t.width, k, sums.q, t.width, w.s, t.width, Start::zero);
-      apply_score(p, sequence, score, t, task.b, n_0, n, w.s, nullptr, w.entries);
-      Operand values = v;
-      if (what == Seen::part) {
-        visible(p, window, t, task.b, n_0, n, w.keep);
-        hide(w.keep, n * t.width, w.s);
-        if (!checked) {
-          checked = true;
-          finite = all_finite(v_rows, most, p.v.col, p.D_v);
-          if (!finite) pack_stacked<T, true>(v_rows, most, p.v.col, p.D_v, D_v, w.v_finite);
-        }
-        if (!finite) values = {(const char*)w.v_finite, 4, D_v * 4};
-      }
-      if (p.dropout) {
-        dropout_factors(p, t, task.b, n_0, n, w.entries);
-        online_softmax<T, true>(t, n, score.factor, w.s, w.entries, w.p, sums, w.rescale);
-      } else {
-        online_softmax<T, false>(t, n, score.factor, w.s, nullptr, w.p, sums, w.rescale);
-      }
-      const int depth = (n + E::DEPTH - 1) / E::DEPTH;
-      product<E>(p.D_v, depth, t.width, values, w.p, t.width, sums.o, t.width, Start::rescale, w.rescale);
-      if (what == Seen::part && !finite)
-        for_non_finite(v_rows, n, p.v.col, p.D_v, t, w.keep, [&](int l, int i, int d, float x) {
-          sums.o[d * t.width + l] += weight_of<T>(w.p + i / E::DEPTH * t.width + l, i) * x;
-        });
+      const Seen what = seen(p, window, tiles[i], task.b, n_0, n_0 + n);
+      if (what != Seen::nothing) visit(p, task, window, score, tiles[i], n_0, n, what, block, w.sums[i], w);
     }
   }
 
@@ -187,6 +226,7 @@ void combine(const AttentionParams& p, const CombineTask& task, ForwardWorkspace
   const Tile t = Tile::of(layout, task.h_kv, task.tile);
   Sums& sums = w.sums[0];
   const float* first = parts + task.first_part * size;
+  const Vec factor = broadcast(Score(p).factor * LOG2_E);
   for (int j = 0; j < t.width; j += LANES) {
     const Vec nothing = broadcast(-__builtin_inff());
     Vec max = nothing, sum{};
@@ -195,7 +235,7 @@ void combine(const AttentionParams& p, const CombineTask& task, ForwardWorkspace
     for (int d = 0; d < p.D_v; ++d) store(sums.o + d * t.width + j, Vec{});
     for (int i = 0; i < task.n_parts; ++i) {
       const float* part = first + i * size;
-      const Vec weight = exp2_softmax<false>(load(part + j) - offset);
+      const Vec weight = exp2_softmax<false>((load(part + j) - offset) * factor);
       sum = fma(load(part + BLOCK_M + j), weight, sum);
       for (int d = 0; d < p.D_v; ++d) {
         float* at = sums.o + d * t.width + j;
@@ -222,7 +262,7 @@ void run_all(const AttentionParams& p, const ForwardPlan& plan, int threads) {
   parallel_for(threads, plan.tasks.size(), [&](int64_t i, int thread) {
     ForwardWorkspace<T> w = with(thread);
     const ForwardTask& task = plan.tasks.data()[i];
-    if (is_few({p.G(), p.sequences.data()[task.b].S_q}))
+    if (p.few(p.sequences.data()[task.b]))
       run_few<T>(p, task, w, parts);
     else
       run<T>(p, task, w, parts);
@@ -236,22 +276,22 @@ void run_all(const AttentionParams& p, const ForwardPlan& plan, int threads) {
 }  // namespace
 
 Vec finish_rows(const AttentionParams& p, const Tile& t, int b, const Sums& sums, int j) {
-  const Vec nothing = broadcast(-__builtin_inff());
-  Vec max = load(sums.max + j * LANES), sum = load(sums.sum + j * LANES), rescale = broadcast(1.f);
+  const Vec nothing = broadcast(-__builtin_inff()), highest = load(sums.max + j * LANES) * broadcast(Score(p).factor);
+  Vec max = highest, sum = load(sums.sum + j * LANES), rescale = broadcast(1.f);
   if (!p.sinks.empty()) {
     Vec sink{};
-    for (int l = 0; l < LANES; ++l) sink[l] = p.sinks.data()[t.head[j * LANES + l]] * LOG2_E;
-    const Vec now = FASTATTN_ISA::max(max, sink), offset = select(now == nothing, Vec{}, now);
-    rescale = exp2_softmax<false>(max - offset);
-    sum = fma(sum, rescale, exp2_softmax<false>(sink - offset));
-    max = now;
+    for (int l = 0; l < LANES; ++l) sink[l] = p.sinks.data()[t.head[j * LANES + l]];
+    max = FASTATTN_ISA::max(highest, sink);
+    const Vec offset = select(max == nothing, Vec{}, max), log2_e = broadcast(LOG2_E);
+    rescale = exp2_softmax<false>((highest - offset) * log2_e);
+    sum = fma(sum, rescale, exp2_softmax<false>((sink - offset) * log2_e));
   }
   const Int empty = sum == Vec{};
   sum = select(empty, broadcast(1.f), sum);
-  const Vec lse = select(empty, nothing, fma(max, broadcast(LN_2), log(sum)));
+  const Vec lse = select(empty, nothing, max + log(sum));
   for (int l = 0; l < smaller(LANES, t.n - j * LANES); ++l)
     p.lse[p.lse_index(b, t.head[j * LANES + l]) + t.row[j * LANES + l]] = lse[l];
-  return rescale / sum;
+  return select(highest == nothing, Vec{}, rescale / sum);
 }
 
 void run_forward(const AttentionParams& p, const ForwardPlan& plan, int threads) {

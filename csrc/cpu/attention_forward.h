@@ -6,14 +6,11 @@
 namespace fastattn::FASTATTN_ISA {
 
 constexpr int MOST_TILES = 4;
-constexpr int FEW_ROWS = 8;  // so few queries, as when a token is decoded, would leave most lanes without work
-
-FASTATTN_INLINE bool is_few(const RowLayout& layout) { return layout.G * layout.S_q <= FEW_ROWS; }
 
 // What is kept of a tile from block to block
 struct Sums {
-  float* max;  // (M,) of the logits, in base 2
-  float* sum;  // (M,) of exp2(logit - max)
+  float* max;  // (M,) of s
+  float* sum;  // (M,) of exp(logit - the largest logit)
   float* o;    // (D_v, width), not yet divided by sum; of few rows (rows, D_v)
   int32_t* q;  // (D / DEPTH, width); of few rows (rows, D / DEPTH)
 };

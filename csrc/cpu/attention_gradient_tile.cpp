@@ -15,12 +15,16 @@ void GradientTile::compute(const AttentionParams& p, const Sequence& sequence, c
   if (p.dropout) dropout_factors(p, t, b, n_0, n, entries);
   for (int j = 0; j < t.vectors(); ++j) {
     const Vec row_lse = load(lse + j * LANES), row_delta = load(delta + j * LANES), factor = broadcast(score.factor);
+    const Int rows = first_lanes(t.n - j * LANES);
+    const bool whole = (j + 1) * LANES <= t.n;  // else what k holds against no query, which may be NaN, becomes 0
     for (int i = 0; i < n; ++i) {
       const int at = i * t.width + j * LANES;
-      const Vec weight = exp2_softmax<std::is_same_v<T, bf16>>(fma(load(s + at), factor, -row_lse));
+      const Vec logit = load(s + at) * factor;
+      const Vec weight = exp2_softmax<std::is_same_v<T, bf16>>((logit - row_lse) * broadcast(LOG2_E));
       const Vec kept = p.dropout ? load(entries + at) : broadcast(1.f);
-      store(s + at, weight * kept);
-      store(dp + at, weight * fma(load(dp + at), kept, -row_delta));
+      const Vec dropped = weight * kept, ds = weight * fma(load(dp + at), kept, -row_delta);
+      store(s + at, whole ? dropped : zero_unless(rows, dropped));
+      store(dp + at, whole ? ds : zero_unless(rows, ds));
     }
   }
   if (what == Seen::part) {

@@ -12,7 +12,7 @@ struct GradientTile {
   float* derivative;   // f'(a), with a softcap
   float* entries;      // room for a tile of a bias
   int32_t* keep;       // -1 where a row sees a key
-  float *lse, *delta;  // (M,)
+  float *lse, *delta;  // (M,); lse is inf for what sees nothing
   float* dslope;       // (M,), sums of ds · distance
 
   void lay_out(Memory& memory) {

@@ -61,7 +61,7 @@ void attention_forward(const AttentionParams& p, int threads) {
 
 BackwardPlan plan_backward(const AttentionParams& p) {
   BackwardPlan plan;
-  const int wanted = (FEW_TASKS + p.B * p.H_kv - 1) / (p.B * p.H_kv);
+  const int wanted = (FEW_TASKS + p.B * p.H_kv - 1) / (p.B * p.H_kv);  // tasks of a key head
   plan.first_tile.push_back(0);
   for (int b = 0; b < p.B; ++b) {
     const Sequence& s = p.sequences[b];
@@ -114,14 +114,40 @@ void sum_sinks(const AttentionParams& p, const RowSums& sums, float* dsinks) {
     double sum = 0.0;
     for (int b = 0; b < p.B; ++b)
       for (int64_t i = 0, at = p.lse_index(b, h); i < p.sequences[b].S_q; ++i, ++at)
-        sum -= std::exp2(double(p.sinks[h]) * 1.4426950408889634 - sums.lse[at]) * sums.delta[at];
+        sum -= std::exp(double(p.sinks[h]) - sums.lse[at]) * sums.delta[at];
     dsinks[h] = float(sum);
   }
 }
 
 }  // namespace
 
-void attention_backward(const AttentionParams& p, const AttentionGradients& g, int threads) {
+namespace {
+
+// The lse of rows that are few was summed in another order than the backward will, by which it computes probabilities:
+// of large scores the difference would not be small. It is summed again, as that of other rows: without values.
+void sum_again(const AttentionParams& p, float* lse, int threads) {
+  std::copy_n(p.lse, (p.packed ? 1 : p.B) * int64_t(p.H) * p.rows_q, lse);
+  AttentionParams scores = p;
+  scores.lse = lse;
+  scores.D_v = 0;
+  scores.dropout = false;
+  scores.as_many = true;
+  for (Sequence& s : scores.sequences)
+    if (!p.few(s)) s.S_q = 0;
+  attention_forward(scores, threads);
+}
+
+}  // namespace
+
+void attention_backward(const AttentionParams& forward, const AttentionGradients& g, int threads) {
+  AttentionParams p = forward;
+  const auto few = [&](const Sequence& s) { return p.few(s); };
+  const bool again = std::any_of(p.sequences.begin(), p.sequences.end(), few);
+  const Scratch summed(again ? sizeof(float) * (p.packed ? 1 : p.B) * size_t(p.H) * p.rows_q : 0);
+  if (again) {
+    p.lse = reinterpret_cast<float*>(summed.data());
+    sum_again(forward, p.lse, threads);
+  }
   const BackwardPlan plan = plan_backward(p);
   const int64_t rows = (p.packed ? 1 : p.B) * int64_t(p.H) * p.rows_q, tiles = plan.first_tile.back();
   const int64_t keys = (p.packed ? 1 : p.B) * int64_t(p.H_kv) * p.rows_k;

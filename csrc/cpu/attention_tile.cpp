@@ -109,30 +109,30 @@ void visible(const AttentionParams& p, const Window& w, const Tile& t, int b, in
   }
 }
 
-void apply_score(const AttentionParams& p, const Sequence& sequence, const Score& score, const Tile& t, int b,
-                        int n_0, int n, float* s, float* derivative, float* entries) {
+void apply_score(const AttentionParams& p, const Sequence& sequence, const Score& score, const Tile& t, int b, int n_0,
+                 int n, float* s, float* derivative, float* entries) {
   if (!score.prescaled) return;
   const int size = n * t.width;
   if (score.softcap != 0.f) {
-    const Vec inner = broadcast(score.scale / score.softcap), outer = broadcast(score.softcap * LOG2_E);
+    const Vec inner = broadcast(score.scale / score.softcap), outer = broadcast(score.softcap);
     for (int i = 0; i < size; i += LANES) {
       const Vec u = tanh(load(s + i) * inner);
       store(s + i, u * outer);
       if (derivative != nullptr) store(derivative + i, fma(-u, u, broadcast(1.f)));
     }
   } else {
-    const Vec scale = broadcast(score.scale * LOG2_E);
+    const Vec scale = broadcast(score.scale);
     for (int i = 0; i < size; i += LANES) store(s + i, load(s + i) * scale);
   }
   if (p.bias.data != nullptr) {
     load_entries(p.bias, t, b, n_0, n, entries);
-    for (int i = 0; i < size; i += LANES) store(s + i, fma(load(entries + i), broadcast(LOG2_E), load(s + i)));
+    for (int i = 0; i < size; i += LANES) store(s + i, load(entries + i) + load(s + i));
   }
   if (!p.slopes.empty()) {
     const int shift = sequence.S_k - sequence.S_q;
     for (int j = 0; j < t.vectors(); ++j) {
       Vec slope{};
-      for (int l = 0; l < LANES; ++l) slope[l] = p.slopes.data()[int64_t(b) * p.H + t.head[j * LANES + l]] * LOG2_E;
+      for (int l = 0; l < LANES; ++l) slope[l] = p.slopes.data()[int64_t(b) * p.H + t.head[j * LANES + l]];
       for (int i = 0; i < n; ++i) {
         float* at = s + i * t.width + j * LANES;
         store(at, fma(-slope, distance(t.rows(j), shift, n_0 + i), load(at)));

@@ -123,15 +123,18 @@ Seen seen(const AttentionParams& p, const Window& w, const Tile& t, int b, int l
 // keep (N, width): -1 where a row sees a key
 void visible(const AttentionParams& p, const Window& w, const Tile& t, int b, int n_0, int n, int32_t* keep);
 
-// From q kᵀ to logits in base 2 up to `factor`: exp(logit) = exp2(factor · s). With nothing but a positive scale,
-// s is q kᵀ itself and factor = scale · log2 e.
+// From q kᵀ to logits up to `factor`: logit = factor · s. With nothing but a positive scale, s is q kᵀ itself.
+//
+// A maximum is subtracted before anything is multiplied: exp2((s - max) · factor · log2 e) is exactly 1 at the maximum,
+// however large, while a product of its own would leave half a unit in the last place of the logit in the exponent.
+// The backward rounds as lse was rounded, for the same reason: exp2((factor · s - lse) · log2 e).
 struct Score {
   bool prescaled;
   float factor, scale, softcap;
 
   explicit FASTATTN_INLINE Score(const AttentionParams& p)
       : prescaled(!(p.scale > 0.f) || p.softcap != 0.f || p.bias.data != nullptr || !p.slopes.empty()),
-        factor(prescaled ? 1.f : p.scale * LOG2_E),
+        factor(prescaled ? 1.f : p.scale),
         scale(p.scale),
         softcap(p.softcap) {}
 };
@@ -139,12 +142,13 @@ struct Score {
 // |i + S_k - S_q - j|, what ALiBi multiplies by the slope
 FASTATTN_INLINE Vec distance(Int row, int shift, int key) { return abs(to_float(row + (shift - key))); }
 
-// s: q kᵀ -> softcap · tanh(scale q kᵀ / softcap) + bias - slope · distance, in base 2. `derivative`, unless nullptr:
-// of the softcap, 1 - tanh². `entries`: room for a tile.
+// s: q kᵀ -> softcap · tanh(scale q kᵀ / softcap) + bias - slope · distance. `derivative`, unless nullptr: of the
+// softcap, 1 - tanh². `entries`: room for a tile.
 void apply_score(const AttentionParams& p, const Sequence& sequence, const Score& score, const Tile& t, int b, int n_0,
                  int n, float* s, float* derivative, float* entries);
 
-// factors (N, width): what probabilities are multiplied by, 0 or the dropout scale
+// factors (N, width): what probabilities are multiplied by, 0 or the dropout scale. The counter of an entry is (column,
+// row, head, sequence).
 void dropout_factors(const AttentionParams& p, const Tile& t, int b, int n_0, int n, float* factors);
 
 }  // namespace fastattn::FASTATTN_ISA

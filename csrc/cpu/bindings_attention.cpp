@@ -24,6 +24,17 @@ fastattn::Entries entries(const py::handle& tensor) {
           strides.at(3)};
 }
 
+// What else would be read and written out of bounds
+void check_bounds(const char* name, const std::vector<int64_t>& bounds, int64_t rows, int64_t longest) {
+  bool right = !bounds.empty() && bounds.front() == 0 && bounds.back() <= rows;
+  for (size_t b = 0; right && b + 1 < bounds.size(); ++b)
+    right = bounds[b] <= bounds[b + 1] && bounds[b + 1] - bounds[b] <= longest;
+  if (!right)
+    throw std::invalid_argument(std::string("`") + name + "` must begin with 0, must not decrease, and must end at " +
+                                std::to_string(rows) + ", the number of rows, or before; a sequence may have up to " +
+                                std::to_string(longest) + " of them.");
+}
+
 float* floats(uintptr_t address) { return reinterpret_cast<float*>(address); }
 
 }  // namespace
@@ -60,7 +71,13 @@ void bind_cpu_attention(py::module_& m) {
              p.dropout = true, p.seed = uint64_t(seed), p.dropout_threshold = threshold, p.dropout_scale = scale;
            })
       .def("packed",
-           [](AttentionParams& p, const std::vector<int64_t>& q, const std::vector<int64_t>& k) {
+           [](AttentionParams& p, const std::vector<int64_t>& q, const std::vector<int64_t>& k, int64_t longest_q,
+              int64_t longest_k) {
+             check_bounds("cu_seqlens_q", q, p.rows_q, longest_q);
+             check_bounds("cu_seqlens_k", k, p.rows_k, longest_k);
+             if (q.size() != k.size())
+               throw std::invalid_argument("`cu_seqlens_q` and `cu_seqlens_k` are of " + std::to_string(q.size()) +
+                                           " and " + std::to_string(k.size()) + " numbers; they must be of as many.");
              p.packed = true;
              p.q.b = p.k.b = p.v.b = p.o.b = 0;
              p.sequences.clear();
@@ -68,7 +85,7 @@ void bind_cpu_attention(py::module_& m) {
                p.sequences.push_back({q[b], k.at(b), int(q[b + 1] - q[b]), int(k.at(b + 1) - k[b])});
              p.B = int(p.sequences.size());
            },
-           "cu_seqlens of q and k")
+           "cu_seqlens of q and k; the longest sequences that bias and mask have entries for")
       .def("forward",
            [](const AttentionParams& p, int threads) { fastattn::attention_forward(p, threads); },
            py::call_guard<py::gil_scoped_release>())

@@ -2,6 +2,8 @@
 #pragma once
 #include <cstdint>
 
+#define FASTATTN_INLINE __attribute__((always_inline)) inline
+
 namespace fastattn {
 
 struct bf16 {

@@ -25,8 +25,6 @@
 
 #include "numeric.h"
 
-#define FASTATTN_INLINE __attribute__((always_inline)) inline
-
 namespace fastattn::FASTATTN_ISA {
 
 #if defined(__AVX512F__)

@@ -42,7 +42,7 @@ def unsupported(spec: Spec, device: torch.device) -> str | None:
     if spec.dtype not in _DTYPES:
         return f"dtype {_name(spec.dtype)} (it has float16, bfloat16 and float32)"
     if isinstance(spec, AttentionSpec):
-        return None
+        return attention.unsupported(spec)
     return rows.unsupported(spec)
 
 

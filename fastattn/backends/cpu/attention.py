@@ -9,7 +9,17 @@ from torch import Tensor
 
 from fastattn.backends.cpu import module
 from fastattn.backends.cpu.module import DTYPES, entries, matrix
+from fastattn.errors import UnsupportedError
 from fastattn.spec import AttentionInputs, AttentionSpec
+
+LONGEST = 2**28  # of rows; the kernels add a few such numbers up in 32 bits
+
+
+def unsupported(spec: AttentionSpec) -> str | None:
+    for name, value in (("scale", spec.scale), ("softcap", spec.softcap)):
+        if value and not 1e-37 < abs(value) < 1e38:
+            return f"{name} {value} (its arithmetic is in float32)"
+    return None
 
 
 def attention_forward(o: Tensor, lse: Tensor, x: AttentionInputs, spec: AttentionSpec) -> None:
@@ -28,6 +38,8 @@ def attention_forward(o: Tensor, lse: Tensor, x: AttentionInputs, spec: Attentio
 
 def _call(o: Tensor, lse: Tensor, x: AttentionInputs, spec: AttentionSpec) -> tuple[Any, tuple[Tensor | None, ...]]:
     """The native description of a call, and the tensors that it needs to stay alive."""
+    if x.cu_seqlens_q is None:
+        _check_lengths(x, spec)
     sizes = (x.B, spec.H, spec.H_kv, x.q.shape[2], x.k.shape[2], spec.D, spec.D_v)
     tensors = matrix(x.q), matrix(x.k), matrix(x.v), matrix(o)
     call = module.load().Attention(DTYPES[spec.dtype], sizes, *tensors, lse.data_ptr())
@@ -44,8 +56,26 @@ def _call(o: Tensor, lse: Tensor, x: AttentionInputs, spec: AttentionSpec) -> tu
         scale = 0.0 if spec.dropout_p == 1.0 else 1.0 / (1.0 - spec.dropout_p)
         call.dropout(x.seed.item(), int(spec.dropout_p * 2**32), scale)
     if x.cu_seqlens_q is not None and x.cu_seqlens_k is not None:
-        call.packed(x.cu_seqlens_q.tolist(), x.cu_seqlens_k.tolist())
+        call.packed(x.cu_seqlens_q.tolist(), x.cu_seqlens_k.tolist(), *_longest(x, spec))
     return call, (bias,)
+
+
+def _longest(x: AttentionInputs, spec: AttentionSpec) -> tuple[int, int]:
+    """Queries and keys of one sequence that the kernels count, and that bias and mask have entries for."""
+    limits = [LONGEST // spec.G, LONGEST]
+    for t in (x.bias, x.mask):
+        if t is not None:
+            limits = [min(limit, n) if n > 1 else limit for limit, n in zip(limits, t.shape[2:], strict=True)]
+    return limits[0], limits[1]
+
+
+def _check_lengths(x: AttentionInputs, spec: AttentionSpec) -> None:
+    for name, length, longest in (("q", x.q.shape[2], LONGEST // spec.G), ("k", x.k.shape[2], LONGEST)):
+        if length > longest:
+            raise UnsupportedError(
+                f"{spec.op}: `{name}` has {length} rows; the kernels for CPU tensors count {longest}, "
+                "backend='eager' has no such limit."
+            )
 
 
 def attention_backward(

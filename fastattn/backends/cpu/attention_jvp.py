@@ -1,7 +1,7 @@
 """The tangents of attention's o and lse, in torch operations on a few rows of scores at a time.
 
-    ts = f'(a) ∘ scale (tq kᵀ + q tkᵀ) + tbias - tslope · distance        p = exp(s - lse)
-    tlse = rowsum(p ∘ ts) + exp(sink - lse) tsink        tp = p ∘ (ts - tlse)        to = dropout(tp) v + dropout(p) tv
+    ts = f'(a) ∘ scale (tq kᵀ + q tkᵀ) + tbias - tslope · distance        p = softmax(s, sink)
+    tlse = rowsum(p ∘ ts) + p_sink tsink        tp = p ∘ (ts - tlse)        to = dropout(tp) v + dropout(p) tv
 
 Memory is linear in S. Shapes as in the forward.
 """
@@ -32,10 +32,10 @@ def attention_tangents(
             bounds = x.cu_seqlens_q[b : b + 2].tolist(), x.cu_seqlens_k[b : b + 2].tolist()
             at, rows, keys = 0, slice(*bounds[0]), slice(*bounds[1])
         sequence = _Sequence(b, x, t, spec, at, rows, keys)
-        to_b, tlse_b, lse_b = to[at, :, rows], tlse[at, :, rows], lse[at, :, rows]
+        to_b, tlse_b = to[at, :, rows], tlse[at, :, rows]
         for first in range(0, to_b.shape[1], _ROWS):
             part = slice(first, first + _ROWS)
-            to_part, tlse_b[:, part] = sequence.tangents(part, lse_b[:, part, None])
+            to_part, tlse_b[:, part] = sequence.tangents(part)
             to_b[:, part] = to_part.to(to.dtype)
 
 
@@ -55,8 +55,8 @@ class _Sequence:
         self.q, self.k, self.v = wide(x.q, rows), wide(x.k, keys), wide(x.v, keys)
         self.tq, self.tk, self.tv = wide(t.q, rows), wide(t.k, keys), wide(t.v, keys)
 
-    def tangents(self, part: slice, lse: Tensor) -> tuple[Tensor, Tensor]:
-        """to (H, M, D_v) and tlse (H, M) of some rows; lse (H, M, 1)."""
+    def tangents(self, part: slice) -> tuple[Tensor, Tensor]:
+        """to (H, M, D_v) and tlse (H, M) of some rows."""
         q, k, v, x, t, spec = self.q, self.k, self.v, self.x, self.t, self.spec
         assert q is not None
         assert k is not None
@@ -83,14 +83,12 @@ class _Sequence:
                 score -= (slopes[self.b] if slopes.dim() == 2 else slopes).float()[:, None, None] * distance
 
         keep = self._visible(i, j, part, S_q, S_k)
-        p = torch.where(lse == -math.inf, 0.0, torch.exp(s - lse))
         if keep is not None:
-            p, ts = torch.where(keep, p, 0.0), torch.where(keep, ts, 0.0)
+            s, ts = torch.where(keep, s, -math.inf), torch.where(keep, ts, 0.0)
+        p, p_sink = self._probabilities(s)
         tlse = torch.where(p == 0.0, 0.0, p * ts).sum(-1, keepdim=True)
-        if x.sinks is not None and t.sinks is not None:
-            sink, tsink = x.sinks.float()[:, None, None], t.sinks.float()[:, None, None]
-            p_sink = torch.where(lse == -math.inf, 0.0, torch.exp(sink - lse))
-            tlse = tlse + torch.where(p_sink == 0.0, 0.0, p_sink * tsink)
+        if p_sink is not None and t.sinks is not None:
+            tlse = tlse + torch.where(p_sink == 0.0, 0.0, p_sink * t.sinks.float()[:, None, None])
         tp = torch.where(p == 0.0, 0.0, p * (ts - tlse))
         if spec.dropout_p > 0.0:
             factor = self._dropout(i, j)
@@ -99,6 +97,20 @@ class _Sequence:
         if self.tv is not None:
             to = to + _weighted(p, self.tv, keep)
         return to, tlse[..., 0]
+
+    def _probabilities(self, s: Tensor) -> tuple[Tensor, Tensor | None]:
+        """p (H, M, S_k) and that of the sink (H, M, 1). Divided by their own sum, not by the lse, whose rounding would
+        leave something of ts - tlse where all of it cancels."""
+        sinks = self.x.sinks
+        if sinks is not None:
+            s = torch.cat((s, sinks.float()[:, None, None].expand(*s.shape[:2], 1)), -1)
+        if s.shape[-1] == 0:
+            return s, None
+        top = s.amax(-1, keepdim=True)
+        p = torch.exp(s - torch.where(top == -math.inf, 0.0, top))
+        total = p.sum(-1, keepdim=True)
+        p = p / torch.where(total == 0.0, 1.0, total)
+        return (p, None) if sinks is None else (p[..., :-1], p[..., -1:])
 
     def _cut(self, tensor: Tensor, part: slice, S_q: int, S_k: int) -> Tensor:
         """Of a bias or mask (B | 1, H | 1, S_q | 1, S_k | 1), what these rows read: (H | 1, M | 1, S_k | 1)."""

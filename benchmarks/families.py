@@ -35,6 +35,10 @@ FILE_LENGTHS = (
 )  # fmt: skip
 
 
+def dtypes(gpu: bool) -> tuple[torch.dtype, ...]:
+    return (BF16,) if gpu else (F32, BF16)
+
+
 def attention_grid(gpu: bool) -> Iterator[Workload]:
     if gpu:
         grid = product((64, 128, 256), (512, 1024, 2048, 4096, 8192, 16_384), (False, True))
@@ -59,7 +63,9 @@ def attention_features(gpu: bool) -> Iterator[Workload]:
         "bias": {"bias": True},
     }.items():
         problem = AttentionProblem(B, H, S, S, D, **options)  # type: ignore[arg-type]
-        yield from attention(name, problem, BF16 if gpu else F32, quick=gpu or name in ("gqa", "window"))
+        for dtype in dtypes(gpu):
+            quick = gpu or (dtype == F32 and name in ("gqa", "window"))
+            yield from attention(name, problem, dtype, quick=quick)
 
 
 def attention(family: str, problem: AttentionProblem, dtype: torch.dtype, quick: bool) -> Iterator[Workload]:
@@ -76,18 +82,24 @@ def varlen(gpu: bool) -> Iterator[Workload]:
         problem = VarlenProblem(lengths, H, D, causal)
         name = f"{len(lengths)} files T{problem.tokens} H{H} D{D}{' causal' if causal else ''}"
         for direction in BOTH:
-            yield Workload(
-                "varlen", name, problem, BF16 if gpu else F32, direction, name, problem.tokens, gpu or causal
-            )
+            for dtype in dtypes(gpu):
+                quick = gpu or (causal and dtype == F32)
+                yield Workload("varlen", name, problem, dtype, direction, name, problem.tokens, quick)
 
 
 def decode(gpu: bool) -> Iterator[Workload]:
-    shapes = ((1, 1024), (1, 8192), (8, 8192), (32, 4096), (64, 8192)) if gpu else ((1, 1024), (1, 4096), (4, 1024))
-    H, H_kv, D = (32, 8, 128) if gpu else (8, 2, 64)
-    for B, S_k in shapes:
+    H, D = (32, 128) if gpu else (8, 64)
+    shapes = (
+        [(1, 8, 1024), (1, 8, 8192), (8, 8, 8192), (32, 8, 4096), (64, 8, 8192)]
+        if gpu
+        else [(1, 2, 1024), (1, 2, 8192), (4, 2, 1024), (4, 8, 1024)]
+    )
+    for B, H_kv, S_k in shapes:
         problem = AttentionProblem(B, H, 1, S_k, D, True, H_kv)
         name = f"B{B} H{H}/{H_kv} S{S_k} D{D}"
-        yield Workload("decode", name, problem, BF16 if gpu else F32, "forward", f"B{B}", S_k, S_k == 8192 or B == 4)
+        for dtype in dtypes(gpu):
+            quick = S_k == 8192 if gpu else B == 4 and dtype == F32
+            yield Workload("decode", name, problem, dtype, "forward", f"B{B}", S_k, quick)
 
 
 def norms(gpu: bool) -> Iterator[Workload]:
@@ -109,10 +121,11 @@ def softmaxes(gpu: bool) -> Iterator[Workload]:
     for N in (1024, 4096) if gpu else (256,):
         rows = (1 << 26) // N if gpu else 16 * N
         yield from rows_of("softmax causal", SoftmaxProblem(rows, N, True, 0.125), rows, N, gpu, quick=N in (4096, 256))
+        yield from rows_of("softmax masked", SoftmaxProblem(rows, N, False, 0.125, True), rows, N, gpu, quick=False)
 
 
 def rows_of(family: str, problem: Problem, rows: int, N: int, gpu: bool, quick: bool) -> Iterator[Workload]:
-    for dtype, direction in product((BF16,) if gpu else (F32, BF16), BOTH):
+    for dtype, direction in product(dtypes(gpu), BOTH):
         in_quick = quick and (gpu or dtype == F32)  # on a CPU most of its time goes into compiling the peers
         yield Workload(family, f"{rows}x{N}", problem, dtype, direction, family, N, in_quick)
 
@@ -122,8 +135,9 @@ def losses(gpu: bool) -> Iterator[Workload]:
     for rows, V in shapes:
         problem = CrossEntropyProblem(rows, V)
         directions: tuple[Direction, ...] = ("forward", "step")
-        for dtype, direction in product((BF16,) if gpu else (F32,), directions):
-            yield Workload("cross_entropy", f"{rows}x{V}", problem, dtype, direction, "cross_entropy", V, V == 32_000)
+        for dtype, direction in product(dtypes(gpu), directions):
+            quick = V == 32_000 and (gpu or dtype == F32)
+            yield Workload("cross_entropy", f"{rows}x{V}", problem, dtype, direction, "cross_entropy", V, quick)
     shapes3 = ((8192, 4096, 32_000), (8192, 4096, 128_256)) if gpu else ((256, 128, 8192),)
     for tokens, E, V in shapes3:
         linear = LinearCrossEntropyProblem(tokens, E, V)

@@ -17,6 +17,8 @@ from typing import Any, Self
 import torch
 
 import fastattn
+from fastattn import backends
+from fastattn.backends.cpu.module import load
 
 PEERS = (
     "flash-attn",
@@ -103,7 +105,14 @@ def describe_cpu() -> dict[str, Any]:
         "name": cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "capability": torch.backends.cpu.get_cpu_capability(),
+        "kernels": kernels(),
     }
+
+
+def kernels() -> str | None:
+    """The instruction set that fastattn's kernels use."""
+    cpu = backends.get("cpu")
+    return None if cpu.available(torch.device("cpu")) else load().isa()
 
 
 def cpu_model() -> str:

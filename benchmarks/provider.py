@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -59,6 +60,13 @@ def unfused_limits(workload: Workload, device: torch.device) -> str | None:
     scores = getattr(workload.problem, "scores", 0) * workload.dtype.itemsize
     if scores > MOST_SCORES:
         return f"it holds all scores at once, which are {scores / 2**30:.1f} GiB"
+    return None
+
+
+def no_compiler(device: torch.device) -> str | None:
+    """`available` of what torch.compile makes."""
+    if device.type == "cpu" and shutil.which("g++") is None and shutil.which("clang++") is None:
+        return "torch.compile needs a C++ compiler for CPUs, and there is none"
     return None
 
 

@@ -64,24 +64,36 @@ class NormProblem(Problem):
 
 @dataclass(frozen=True)
 class SoftmaxProblem(Problem):
-    """softmax(scale · x) over rows of N; causal: of (…, S, S) scores."""
+    """softmax(scale · x) over rows of N; causal: of (…, S, S) scores; masked: of such, some keys being padding."""
 
     rows: int
     N: int
     causal: bool = False
     scale: float = 1.0
+    masked: bool = False
 
     op: ClassVar[str] = "softmax"
     differentiable: ClassVar[tuple[str, ...]] = ("x",)
 
     def result_shape(self) -> tuple[int, ...]:
-        return (self.rows // self.N, self.N, self.N) if self.causal else (self.rows, self.N)
+        return (self.rows // self.N, self.N, self.N) if self.causal or self.masked else (self.rows, self.N)
+
+    @property
+    def matrix_lengths(self) -> list[int]:
+        """Keys of each matrix that are no padding: a quarter of them, two, three, all, over and over."""
+        return [self.N * (1 + i % 4) // 4 for i in range(self.rows // self.N)]
 
     def inputs(self, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-        return {"x": randn(*self.result_shape(), dtype=dtype, device=device)}
+        tensors = {"x": randn(*self.result_shape(), dtype=dtype, device=device)}
+        if self.masked:
+            lengths = torch.tensor(self.matrix_lengths, device=device)
+            tensors["mask"] = torch.arange(self.N, device=device) < lengths[:, None, None]  # True: kept
+        return tensors
 
     def compute(self, tensors: Tensors) -> Tensor:
         s = tensors["x"] * self.scale if self.scale != 1.0 else tensors["x"]
+        if self.masked:
+            s = s.masked_fill(~tensors["mask"], -torch.inf)
         if self.causal:
             s = s.masked_fill(~torch.ones(self.N, self.N, dtype=torch.bool, device=s.device).tril(), -torch.inf)
         return torch.softmax(s, -1)
@@ -92,6 +104,8 @@ class SoftmaxProblem(Problem):
     def bytes(self, direction: Direction, itemsize: int) -> float:
         matrix = self.rows * self.N * itemsize
         read = matrix / 2 if self.causal else matrix  # what is masked need not be read, but its 0 is written
+        if self.masked:
+            read = sum(self.matrix_lengths) * self.N * itemsize
         return passes(read + matrix, 2 * read + matrix, direction)
 
 

@@ -14,7 +14,7 @@ import fastattn
 from benchmarks.problems.attention import AttentionProblem, VarlenProblem
 from benchmarks.problems.models import LayerProblem, TrainStepProblem
 from benchmarks.problems.rows import GatedProblem, NormProblem, SoftmaxProblem
-from benchmarks.provider import Call, Provider
+from benchmarks.provider import Call, Provider, no_compiler
 from benchmarks.workload import Problem, Tensors
 from fastattn import backends
 
@@ -100,6 +100,11 @@ def model(problem: LayerProblem | TrainStepProblem, tensors: Tensors) -> Call:
     return Call(problem.function(fastattn.nn), tensors)
 
 
+def compiled_model(problem: LayerProblem | TrainStepProblem, tensors: Tensors) -> Call:
+    torch._dynamo.reset()
+    return Call(problem.function(fastattn.nn, compiled=True), tensors)
+
+
 PROVIDERS = [
     *(
         Provider(f"fastattn/{name}", {op: partial(make, name) for op, make in OPS.items()}, available(name))
@@ -107,4 +112,9 @@ PROVIDERS = [
         if name != "reference"  # the oracle runs no race
     ),
     Provider("fastattn/nn", {"transformer_layer": model, "train_step": model}),
+    Provider(
+        "fastattn/nn compiled",
+        {"transformer_layer": compiled_model, "train_step": compiled_model},
+        no_compiler,
+    ),
 ]

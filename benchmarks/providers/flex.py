@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from benchmarks.problems.attention import AttentionProblem, VarlenProblem
-from benchmarks.provider import Call, Provider
-from benchmarks.providers.torch_compile import available
+from benchmarks.provider import Call, Provider, no_compiler
 from benchmarks.workload import Tensors, Workload
 
 
@@ -77,4 +76,6 @@ def limits(workload: Workload, device: torch.device) -> str | None:
     return None
 
 
-PROVIDERS = [Provider("torch/flex", {"attention": attention, "varlen_attention": varlen_attention}, available, limits)]
+PROVIDERS = [
+    Provider("torch/flex", {"attention": attention, "varlen_attention": varlen_attention}, no_compiler, limits)
+]

@@ -61,7 +61,7 @@ def limits(workload: Workload, device: torch.device) -> str | None:
         return "Liger's kernels are for GPUs"
     if isinstance(problem, NormProblem) and problem.residual:
         return "Liger's functional norms add no residual"
-    if isinstance(problem, SoftmaxProblem) and problem.causal:
+    if isinstance(problem, SoftmaxProblem) and (problem.causal or problem.masked):
         return "Liger's softmax has no mask"
     if isinstance(problem, SoftmaxProblem) and not hasattr(importlib.import_module(MODULE), "liger_softmax"):
         return "this version of Liger has no softmax"

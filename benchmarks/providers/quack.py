@@ -39,7 +39,7 @@ def cross_entropy(problem: Problem, tensors: Tensors) -> Call:
 def limits(workload: Workload, device: torch.device) -> str | None:
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] < 9:
         return "quack is for compute capability 9.0 and newer"
-    if isinstance(workload.problem, SoftmaxProblem) and workload.problem.causal:
+    if isinstance(workload.problem, SoftmaxProblem) and (workload.problem.causal or workload.problem.masked):
         return "quack's softmax has no mask"
     return None
 

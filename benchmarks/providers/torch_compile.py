@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
-
 import torch
 import torch._functorch.config
 from torch import Tensor
 
 from benchmarks.problems.models import LayerProblem, TrainStepProblem
-from benchmarks.provider import Call, Provider, unfused_limits
+from benchmarks.provider import Call, Provider, no_compiler, unfused_limits
 from benchmarks.providers.torch_ops import OPS
 from benchmarks.workload import Problem, Tensors
 
@@ -30,17 +28,11 @@ def model(problem: LayerProblem | TrainStepProblem, tensors: Tensors) -> Call:
     return Call(problem.function(torch.nn, compiled=True), tensors)
 
 
-def available(device: torch.device) -> str | None:
-    if device.type == "cpu" and shutil.which("g++") is None and shutil.which("clang++") is None:
-        return "torch.compile needs a C++ compiler for CPUs, and there is none"
-    return None
-
-
 PROVIDERS = [
     Provider(
         "torch/compile",
         {op: compiled for op in OPS if op != "varlen_attention"} | {"transformer_layer": model, "train_step": model},
-        available,
+        no_compiler,
         unfused_limits,
     )
 ]

@@ -9,6 +9,7 @@ namespace {
 
 constexpr int FEW_TILES = 64;       // fewer tiles of queries than this are cut along the keys too
 constexpr int SHORTEST_PART = 512;  // keys
+constexpr int64_t THREAD = 1 << 18;   // multiply-adds that are worth another thread
 constexpr int FEW_TASKS = 32;       // fewer key heads than this are cut along keys and queries in the backward
 constexpr int MOST_KEY_GROUPS = 8;  // each holds a dq in fp32
 constexpr int FEWEST_KEYS = 256;    // of a group
@@ -18,6 +19,14 @@ int64_t tiles_of(const AttentionParams& p) {
   int64_t tiles = 0;
   for (const Sequence& s : p.sequences) tiles += s.S_q == 0 ? 0 : RowLayout{p.G(), s.S_q}.tiles();
   return tiles * p.H_kv;
+}
+
+// As many as there is work for: to wake a thread takes microseconds.
+int worthwhile(const AttentionParams& p, int threads) {
+  int64_t work = 0;
+  for (const Sequence& s : p.sequences) work += int64_t(s.S_q) * s.S_k;
+  work *= int64_t(p.H) * (p.D + p.D_v);
+  return int(std::clamp<int64_t>(work / THREAD, 1, std::max(threads, 1)));
 }
 
 }  // namespace
@@ -55,6 +64,7 @@ ForwardPlan plan_forward(const AttentionParams& p, int threads) {
 }
 
 void attention_forward(const AttentionParams& p, int threads) {
+  threads = worthwhile(p, threads);
   const ForwardPlan plan = plan_forward(p, threads);
   FASTATTN_CALL(run_forward(p, plan, threads));
 }
@@ -141,6 +151,7 @@ void sum_again(const AttentionParams& p, float* lse, int threads) {
 
 void attention_backward(const AttentionParams& forward, const AttentionGradients& g, int threads) {
   AttentionParams p = forward;
+  threads = worthwhile(p, threads);
   const auto few = [&](const Sequence& s) { return p.few(s); };
   const bool again = std::any_of(p.sequences.begin(), p.sequences.end(), few);
   const Scratch summed(again ? sizeof(float) * (p.packed ? 1 : p.B) * size_t(p.H) * p.rows_q : 0);

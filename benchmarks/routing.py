@@ -1,0 +1,124 @@
+"""Whether small calls on CPU tensors go where they are done sooner: the kernels' time against torch's, size by size.
+
+    python -m benchmarks.routing [--out FILE]
+
+Each operation of `fastattn.backends.cpu.routing.SMALL` is timed by both backends, in turns, at sizes around its limit,
+forward and with a backward. A limit is right if at most a few calls on its two sides are slower than they could be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+import fastattn
+from benchmarks import machine
+from fastattn.backends.cpu.routing import SMALL
+
+DTYPES = (torch.float32, torch.bfloat16)
+SPAN = (0.25, 0.5, 1.0, 2.0, 4.0)  # sizes, in limits
+SMALLEST = 4096  # where there is no limit, sizes about this one
+ROUNDS, SECONDS = 15, 0.004
+
+
+def calls(op: str, amount: int, dtype: torch.dtype, gradient: bool) -> Callable[[str], Callable[[], Any]]:
+    """backend -> a call of `amount` elements, or multiply-adds of q kᵀ; a step where a gradient is wanted."""
+    N = 64
+    x = torch.randn(max(amount // N, 1), N, dtype=dtype, requires_grad=gradient)
+    if op == "attention":
+        S = max(round((amount / (4 * 32)) ** 0.5), 1)
+        inputs = [torch.randn(1, 4, S, 32, dtype=dtype, requires_grad=gradient) for _ in range(3)]
+        arguments: list[Any] = list(inputs)
+    elif op == "layer_norm":
+        weight, bias = (torch.randn(N, dtype=dtype, requires_grad=gradient) for _ in range(2))
+        inputs, arguments = [x, weight, bias], [x, N, weight, bias]
+    elif op == "cross_entropy":
+        inputs, arguments = [x], [x, torch.randint(N, (x.shape[0],))]
+    elif op == "softmax":
+        inputs, arguments = [x], [x]
+    else:
+        inputs = [x, torch.randn_like(x, requires_grad=gradient)]
+        arguments = list(inputs)
+    function = getattr(fastattn, op)
+
+    def by(backend: str) -> Callable[[], Any]:
+        def forward() -> Any:
+            return function(*arguments, backend=backend)
+
+        dy = forward().detach()
+        return (lambda: torch.autograd.grad(forward(), inputs, dy)) if gradient else forward
+
+    return by
+
+
+def seconds(functions: list[Callable[[], Any]]) -> list[float]:
+    """The median time of each, taking turns."""
+    counts = []
+    for function in functions:
+        function()
+        begin, n = time.perf_counter(), 0
+        while time.perf_counter() - begin < SECONDS:
+            function()
+            n += 1
+        counts.append(n)
+    times: list[list[float]] = [[] for _ in functions]
+    for _ in range(ROUNDS):
+        for function, n, found in zip(functions, counts, times, strict=True):
+            begin = time.perf_counter()
+            for _ in range(n):
+                function()
+            found.append((time.perf_counter() - begin) / n)
+    return [median(found) for found in times]
+
+
+def rows() -> Iterator[dict[str, Any]]:
+    for op, limits in SMALL.items():
+        for dtype in DTYPES:
+            for gradient in (False, True):
+                limit = limits.of(dtype, gradient)
+                for factor in SPAN:
+                    amount = int((limit or SMALLEST) * factor)
+                    by = calls(op, amount, dtype, gradient)
+                    cpu, eager = seconds([by("cpu"), by("eager")])
+                    yield {
+                        "op": op,
+                        "dtype": str(dtype).removeprefix("torch."),
+                        "gradient": gradient,
+                        "limit": limit,
+                        "amount": amount,
+                        "cpu_us": round(1e6 * cpu, 2),
+                        "eager_us": round(1e6 * eager, 2),
+                        "chosen": "eager" if amount <= limit else "cpu",
+                    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="a JSON file to write too")
+    options = parser.parse_args()
+    found = []
+    for row in rows():
+        found.append(row)
+        ratio = row["eager_us"] / row["cpu_us"]
+        best = "cpu" if ratio > 1.0 else "eager"
+        loss = max(ratio, 1 / ratio) if best != row["chosen"] else 1.0
+        kind = "step" if row["gradient"] else "forward"
+        print(
+            f"{row['op']:<14}{row['dtype']:<9} {kind:<8}{row['amount']:>9}  cpu {row['cpu_us']:8.1f} µs  "
+            f"eager {row['eager_us']:8.1f} µs  {row['chosen']:<6}" + (f"{loss:.2f}x slower" if loss > 1.1 else ""),
+            flush=True,
+        )
+    if options.out:
+        report = {"machine": machine.describe(torch.device("cpu")), "rows": found}
+        options.out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    main()

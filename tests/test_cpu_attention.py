@@ -10,6 +10,7 @@ import time
 import cases
 import pytest
 import torch
+from cpu_isas import EVERY_ISA, NEEDS_MODULE
 from hypothesis import Phase, given, seed, settings
 from parity import check, inputs_of, options_of, packed_of, run
 from test_attention import HIDDEN
@@ -18,33 +19,22 @@ from test_property import SETTINGS, calls
 from torch.func import jvp
 
 import fastattn
-from fastattn.backends import cpu
 from fastattn.backends.cpu import module
 from fastattn.testing import assert_close, make_inputs
 
 CPU = torch.device("cpu")
-WHY_NOT = cpu.available(CPU)
-ISAS = [] if WHY_NOT else module.load().available_isas()
-pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
+pytestmark = NEEDS_MODULE
 
 
-@pytest.fixture(params=ISAS)
+@pytest.fixture(params=EVERY_ISA, ids=str)
 def isa(request):
-    module.load().set_isa(request.param)
-    yield request.param
-    module.load().set_isa("")
-
-
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
+    with request.param:
+        yield request.param
 
 
 @pytest.mark.parametrize("case", [*cases.TRITON, *cases.VARLEN], ids=str)
-def test_named_cases(case: cases.Case, isa):
-    check("cpu", *inputs_of(case, CPU), *options_of(case, CPU), packed_of(case, CPU))
+def test_named_cases(case: cases.Case):
+    check("cpu", *inputs_of(case, CPU), *options_of(case, CPU), packed_of(case, CPU), EVERY_ISA)
 
 
 LONG = [  # many blocks of keys, tiles of queries, groups of both
@@ -65,17 +55,17 @@ LONG = [  # many blocks of keys, tiles of queries, groups of both
 
 
 @pytest.mark.parametrize("case", LONG, ids=str)
-def test_long(case: cases.Case, isa):
-    check("cpu", *inputs_of(case, CPU), *options_of(case, CPU), packed_of(case, CPU))
+def test_long(case: cases.Case):
+    check("cpu", *inputs_of(case, CPU), *options_of(case, CPU), packed_of(case, CPU), EVERY_ISA)
 
 
 @pytest.mark.parametrize("part", range(2))
-def test_any_call(part: int, isa):
+def test_any_call(part: int):
     @seed(100 + part)
     @settings(max_examples=50, database=None, phases=[Phase.generate], **SETTINGS)
     @given(calls())
     def draw(case):
-        check("cpu", *inputs_of(case, CPU), *options_of(case, CPU), packed_of(case, CPU))
+        check("cpu", *inputs_of(case, CPU), *options_of(case, CPU), packed_of(case, CPU), EVERY_ISA)
 
     draw()
 
@@ -213,21 +203,23 @@ def _errors(function, inputs, do, exact):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("shape", [(2, 4, 128, 64), (1, 2, 512, 128), (1, 1, 2000, 64)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_no_less_accurate_than_torch(shape, dtype, causal, isa):
+def test_no_less_accurate_than_torch(shape, dtype, causal):
     """The root of the mean square error of o and each gradient, against that of scaled_dot_product_attention.
 
     x86-64's baseline has no fused multiply-add, which torch uses here: each term is rounded twice.
     """
-    roundings = math.sqrt(2.0) if isa == "baseline" and platform.machine() == "x86_64" else 1.0
     *inputs, do = make_inputs(*[shape] * 4, dtype=dtype)
     wide = [t.double().requires_grad_() for t in inputs]
     sdpa = torch.nn.functional.scaled_dot_product_attention
     o = sdpa(*wide, is_causal=causal)
     exact = [t.detach() for t in (o, *torch.autograd.grad(o, wide, do.double()))]
-    ours = _errors(lambda *x: fastattn.attention(*x, causal=causal, backend="cpu"), inputs, do, exact)
     theirs = _errors(lambda *x: sdpa(*x, is_causal=causal), inputs, do, exact)
-    for name, error, allowed in zip(("o", "dq", "dk", "dv"), ours, theirs, strict=True):
-        assert error <= 1.2 * roundings * allowed, name
+    for isa in EVERY_ISA:
+        roundings = math.sqrt(2.0) if isa.name == "baseline" and platform.machine() == "x86_64" else 1.0
+        with isa:
+            ours = _errors(lambda *x: fastattn.attention(*x, causal=causal, backend="cpu"), inputs, do, exact)
+            for name, error, allowed in zip(("o", "dq", "dk", "dv"), ours, theirs, strict=True):
+                assert error <= 1.2 * roundings * allowed, name
 
 
 def test_dropout_is_that_of_the_reference(isa):

@@ -1,7 +1,8 @@
-"""The instruction sets of this CPU, for tests that run the CPU backend's kernels for each of them."""
+"""The instruction sets that tests run the CPU kernels for: all that this CPU has, or the one in FASTATTN_CPU_ISA."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import pytest
@@ -29,4 +30,11 @@ class Isa:
             error.add_note(f"with the kernels for {self.name}")
 
 
-EVERY_ISA = () if module.why_not() else tuple(Isa(name) for name in module.load().available_isas())
+def _names() -> list[str]:
+    if module.why_not():
+        return []
+    forced = os.environ.get("FASTATTN_CPU_ISA")
+    return [forced] if forced else module.load().available_isas()
+
+
+EVERY_ISA = tuple(Isa(name) for name in _names())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import multiprocessing
 import platform
 import time
 
@@ -153,44 +152,6 @@ def test_one_sequence_keeps_several_threads_busy(S_q, threads):
         fastattn.attention(q, k, v, backend="cpu")
     process, caller = time.process_time() - process, time.thread_time() - caller
     assert process - caller > 0.25 * process
-
-
-def _forked(connection, q):
-    o = fastattn.attention(q, q, q, causal=True, backend="cpu")
-    connection.send(o.sum().item())
-
-
-def test_in_a_forked_child(threads):
-    """A child of a process whose OpenMP threads have run has no such threads, and must not wait for them."""
-    threads(2)
-    (q,) = make_inputs((1, 4, 200, 32))
-    expected = fastattn.attention(q, q, q, causal=True, backend="cpu").sum().item()
-    context = multiprocessing.get_context("fork")
-    here, there = context.Pipe()
-    child = context.Process(target=_forked, args=(there, q), daemon=True)
-    child.start()
-    assert here.poll(60), "the child hangs"
-    assert here.recv() == pytest.approx(expected, rel=1e-5, abs=1e-3)
-    child.join(60)
-
-
-def test_in_inference_mode():
-    q, k, v = make_inputs(*[(1, 2, 40, 16)] * 3)
-    with torch.inference_mode():
-        inside = fastattn.attention(q, k, v, causal=True, backend="cpu")
-    assert torch.equal(inside, fastattn.attention(q, k, v, causal=True, backend="cpu"))
-
-
-def test_inside_a_compiled_function():
-    q, k, v = (t.requires_grad_() for t in make_inputs(*[(1, 2, 40, 16)] * 3))
-
-    def layer(q, k, v):
-        return fastattn.attention(q * 2.0, k, v, causal=True, backend="cpu").sin().sum()
-
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    expected, actual = (torch.autograd.grad(f(q, k, v), (q, k, v)) for f in (layer, compiled))
-    for ours, theirs in zip(actual, expected, strict=True):
-        torch.testing.assert_close(ours, theirs)
 
 
 def _errors(function, inputs, do, exact):

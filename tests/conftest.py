@@ -55,6 +55,14 @@ def _interpreter_warnings():
 
 
 @pytest.fixture
+def threads():
+    """Sets torch's number of threads, and puts it back."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def csrc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Planted C++ sources, in place of the project's."""
     folder = planted_native.write_tree(tmp_path / "csrc", planted_native.FILES)

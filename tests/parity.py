@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,10 @@ from fastattn.reference.attention import varlen_attention as varlen_reference
 from fastattn.testing import assert_close, make_inputs
 
 DIFFERENTIABLE = ("bias", "alibi_slopes", "sinks")
+
+# What a check runs its backend under, one after the other, against one reference; each may be entered many times.
+Contexts = Iterable[AbstractContextManager]
+ONCE: Contexts = (nullcontext(),)
 
 
 @dataclass(frozen=True)
@@ -130,6 +135,7 @@ def check(
     options: dict[str, Any],
     features: dict[str, Tensor] | None = None,
     packed: Packed | None = None,
+    under: Contexts = ONCE,
 ) -> None:
     """One call against the reference in float64 and in the inputs' own dtype; `features` are among the options."""
     dtype, device = inputs[0].dtype, inputs[0].device
@@ -156,18 +162,22 @@ def check(
 
     exact = run(oracle(torch.float64), inputs, do, dlse, torch.float64, features)
     eager = run(oracle(dtype), inputs, do, dlse, dtype, features)
-    actual = run(tested, inputs, do, dlse, dtype, features)
     scale = gradient_scale(exact, inputs[2], do)
-    for name, t in actual.items():
-        if t is None:
-            continue
-        largest = 1.0
-        if name.startswith("d"):
-            # o is rounded to the inputs' type, and a gradient of a wider feature is a sum of products with it
-            largest = scale * max(1.0, torch.finfo(dtype).eps / torch.finfo(t.dtype).eps)
+
+    def largest(name: str, t: Tensor) -> float:
+        if not name.startswith("d"):
+            return 1.0
+        # o is rounded to the inputs' type, and a gradient of a wider feature is a sum of products with it
+        size = scale * max(1.0, torch.finfo(dtype).eps / torch.finfo(t.dtype).eps)
         if name[1:] in DIFFERENTIABLE:  # a sum over n rows of rounded numbers is about √n roundings off
             shape = ((1,) * 4 + t.shape)[-4:-1] if name == "dbias" else t.shape
-            largest *= math.sqrt(max(1.0, do.shape[:3].numel() / max(1, math.prod(shape))))
+            size *= math.sqrt(max(1.0, do.shape[:3].numel() / max(1, math.prod(shape))))
         if name == "dalibi_slopes":  # Σ ds · distance
-            largest *= max(do.shape[2], inputs[1].shape[2])
-        assert_close(t, exact[name], eager[name], name, scale=largest)
+            size *= max(do.shape[2], inputs[1].shape[2])
+        return size
+
+    for context in under:
+        with context:
+            for name, t in run(tested, inputs, do, dlse, dtype, features).items():
+                if t is not None:
+                    assert_close(t, exact[name], eager[name], name, scale=largest(name, t))

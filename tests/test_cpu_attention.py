@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import multiprocessing
 import platform
 import time
 
 import cases
 import pytest
 import torch
+from cpu_isas import EVERY_ISA, NEEDS_MODULE
 from hypothesis import Phase, given, seed, settings
 from parity import check, inputs_of, options_of, packed_of, run
 from test_attention import HIDDEN
@@ -18,33 +18,22 @@ from test_property import SETTINGS, calls
 from torch.func import jvp
 
 import fastattn
-from fastattn.backends import cpu
 from fastattn.backends.cpu import module
 from fastattn.testing import assert_close, make_inputs
 
 CPU = torch.device("cpu")
-WHY_NOT = cpu.available(CPU)
-ISAS = [] if WHY_NOT else module.load().available_isas()
-pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
+pytestmark = NEEDS_MODULE
 
 
-@pytest.fixture(params=ISAS)
+@pytest.fixture(params=EVERY_ISA, ids=str)
 def isa(request):
-    module.load().set_isa(request.param)
-    yield request.param
-    module.load().set_isa("")
-
-
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
+    with request.param:
+        yield request.param
 
 
 @pytest.mark.parametrize("case", [*cases.TRITON, *cases.VARLEN], ids=str)
-def test_named_cases(case: cases.Case, isa):
-    check("cpu", *inputs_of(case, CPU), *options_of(case, CPU), packed_of(case, CPU))
+def test_named_cases(case: cases.Case):
+    check("cpu", *inputs_of(case, CPU), *options_of(case, CPU), packed_of(case, CPU), EVERY_ISA)
 
 
 LONG = [  # many blocks of keys, tiles of queries, groups of both
@@ -65,17 +54,17 @@ LONG = [  # many blocks of keys, tiles of queries, groups of both
 
 
 @pytest.mark.parametrize("case", LONG, ids=str)
-def test_long(case: cases.Case, isa):
-    check("cpu", *inputs_of(case, CPU), *options_of(case, CPU), packed_of(case, CPU))
+def test_long(case: cases.Case):
+    check("cpu", *inputs_of(case, CPU), *options_of(case, CPU), packed_of(case, CPU), EVERY_ISA)
 
 
 @pytest.mark.parametrize("part", range(2))
-def test_any_call(part: int, isa):
+def test_any_call(part: int):
     @seed(100 + part)
     @settings(max_examples=50, database=None, phases=[Phase.generate], **SETTINGS)
     @given(calls())
     def draw(case):
-        check("cpu", *inputs_of(case, CPU), *options_of(case, CPU), packed_of(case, CPU))
+        check("cpu", *inputs_of(case, CPU), *options_of(case, CPU), packed_of(case, CPU), EVERY_ISA)
 
     draw()
 
@@ -165,44 +154,6 @@ def test_one_sequence_keeps_several_threads_busy(S_q, threads):
     assert process - caller > 0.25 * process
 
 
-def _forked(connection, q):
-    o = fastattn.attention(q, q, q, causal=True, backend="cpu")
-    connection.send(o.sum().item())
-
-
-def test_in_a_forked_child(threads):
-    """A child of a process whose OpenMP threads have run has no such threads, and must not wait for them."""
-    threads(2)
-    (q,) = make_inputs((1, 4, 200, 32))
-    expected = fastattn.attention(q, q, q, causal=True, backend="cpu").sum().item()
-    context = multiprocessing.get_context("fork")
-    here, there = context.Pipe()
-    child = context.Process(target=_forked, args=(there, q), daemon=True)
-    child.start()
-    assert here.poll(60), "the child hangs"
-    assert here.recv() == pytest.approx(expected, rel=1e-5, abs=1e-3)
-    child.join(60)
-
-
-def test_in_inference_mode():
-    q, k, v = make_inputs(*[(1, 2, 40, 16)] * 3)
-    with torch.inference_mode():
-        inside = fastattn.attention(q, k, v, causal=True, backend="cpu")
-    assert torch.equal(inside, fastattn.attention(q, k, v, causal=True, backend="cpu"))
-
-
-def test_inside_a_compiled_function():
-    q, k, v = (t.requires_grad_() for t in make_inputs(*[(1, 2, 40, 16)] * 3))
-
-    def layer(q, k, v):
-        return fastattn.attention(q * 2.0, k, v, causal=True, backend="cpu").sin().sum()
-
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    expected, actual = (torch.autograd.grad(f(q, k, v), (q, k, v)) for f in (layer, compiled))
-    for ours, theirs in zip(actual, expected, strict=True):
-        torch.testing.assert_close(ours, theirs)
-
-
 def _errors(function, inputs, do, exact):
     leaves = [t.detach().requires_grad_() for t in inputs]
     o = function(*leaves)
@@ -213,21 +164,23 @@ def _errors(function, inputs, do, exact):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("shape", [(2, 4, 128, 64), (1, 2, 512, 128), (1, 1, 2000, 64)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_no_less_accurate_than_torch(shape, dtype, causal, isa):
+def test_no_less_accurate_than_torch(shape, dtype, causal):
     """The root of the mean square error of o and each gradient, against that of scaled_dot_product_attention.
 
     x86-64's baseline has no fused multiply-add, which torch uses here: each term is rounded twice.
     """
-    roundings = math.sqrt(2.0) if isa == "baseline" and platform.machine() == "x86_64" else 1.0
     *inputs, do = make_inputs(*[shape] * 4, dtype=dtype)
     wide = [t.double().requires_grad_() for t in inputs]
     sdpa = torch.nn.functional.scaled_dot_product_attention
     o = sdpa(*wide, is_causal=causal)
     exact = [t.detach() for t in (o, *torch.autograd.grad(o, wide, do.double()))]
-    ours = _errors(lambda *x: fastattn.attention(*x, causal=causal, backend="cpu"), inputs, do, exact)
     theirs = _errors(lambda *x: sdpa(*x, is_causal=causal), inputs, do, exact)
-    for name, error, allowed in zip(("o", "dq", "dk", "dv"), ours, theirs, strict=True):
-        assert error <= 1.2 * roundings * allowed, name
+    for isa in EVERY_ISA:
+        roundings = math.sqrt(2.0) if isa.name == "baseline" and platform.machine() == "x86_64" else 1.0
+        with isa:
+            ours = _errors(lambda *x: fastattn.attention(*x, causal=causal, backend="cpu"), inputs, do, exact)
+            for name, error, allowed in zip(("o", "dq", "dk", "dv"), ours, theirs, strict=True):
+                assert error <= 1.2 * roundings * allowed, name
 
 
 def test_dropout_is_that_of_the_reference(isa):

@@ -13,122 +13,91 @@ import test_norm
 import test_rotary
 import test_softmax
 import torch
+from cpu_isas import EVERY_ISA, NEEDS_MODULE
 from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 import fastattn
-from fastattn import backends
 from fastattn.backends import cpu
 from fastattn.backends.cpu import loss as cpu_loss
-from fastattn.backends.cpu import module
 from fastattn.spec import CrossEntropySpec, LinearCrossEntropySpec
 from fastattn.testing import assert_close, make_inputs
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 CPU = torch.device("cpu")
-pytestmark = pytest.mark.skipif(module.why_not() is not None, reason="the native module is not built")
-ISAS = () if module.why_not() else tuple(module.load().available_isas())
-EVERY_ISA = pytest.mark.parametrize("isa", ISAS, indirect=True)
+pytestmark = NEEDS_MODULE
 
 
-@pytest.fixture
+@pytest.fixture(params=EVERY_ISA, ids=str)
 def isa(request):
-    module.load().set_isa(request.param)
-    yield request.param
-    module.load().set_isa("")
+    with request.param:
+        yield request.param
 
 
-@pytest.fixture
-def threads():
-    """Sets torch's number of threads, and puts it back."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def registered(monkeypatch):
-    if "cpu" not in backends.ORDER:
-        monkeypatch.setitem(backends._BACKENDS, "cpu", cpu)
-        monkeypatch.setattr(backends, "ORDER", ("cpu", *backends.ORDER))
-
-
-@EVERY_ISA
 @pytest.mark.parametrize("case", test_norm.NORMS, ids=str)
-def test_norm_case(case, isa):
-    test_norm.check(case, "cpu", CPU)
+def test_norm_case(case):
+    test_norm.check(case, "cpu", CPU, EVERY_ISA)
 
 
-@EVERY_ISA
 @pytest.mark.parametrize("function", [fastattn.softmax, fastattn.log_softmax], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("case", test_softmax.SOFTS, ids=str)
-def test_softmax_case(case, function, isa):
-    test_softmax.test_softmax(case, function, "cpu", CPU)
+def test_softmax_case(case, function):
+    test_softmax.check(case, function, "cpu", CPU, EVERY_ISA)
 
 
-@EVERY_ISA
 @pytest.mark.parametrize("function", [fastattn.softmax, fastattn.log_softmax], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("case", [c for c in test_softmax.SOFTS if c.name in test_softmax.IN_PLACE], ids=str)
 def test_softmax_in_place(case, function, isa):
     test_softmax.test_in_place(function, case, "cpu", CPU)
 
 
-@EVERY_ISA
 @pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf], ids=str)
 @pytest.mark.parametrize("function", [fastattn.softmax, fastattn.log_softmax], ids=lambda f: f.__name__)
 def test_masked_entries_never_leak(function, garbage, isa):
     test_softmax.test_masked_entries_never_leak(function, garbage, "cpu", CPU)
 
 
-@EVERY_ISA
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("case", test_cross_entropy.CASES, ids=str)
-def test_cross_entropy_case(case, reduction, isa):
-    test_cross_entropy.check(case, reduction, "cpu", CPU)
+def test_cross_entropy_case(case, reduction):
+    test_cross_entropy.check(case, reduction, "cpu", CPU, EVERY_ISA)
 
 
-@EVERY_ISA
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("case", test_linear_cross_entropy.CASES)
-def test_linear_cross_entropy_case(case, reduction, isa):
-    test_linear_cross_entropy.check(*test_linear_cross_entropy.CASES[case], reduction, "cpu", CPU)
+def test_linear_cross_entropy_case(case, reduction):
+    test_linear_cross_entropy.check(*test_linear_cross_entropy.CASES[case], reduction, "cpu", CPU, EVERY_ISA)
 
 
-@EVERY_ISA
 @pytest.mark.parametrize("case", test_rotary.CASES, ids=str)
-def test_rotary_case(case, isa):
-    test_rotary.check(case, "cpu", CPU)
+def test_rotary_case(case):
+    test_rotary.check(case, "cpu", CPU, EVERY_ISA)
 
 
-@EVERY_ISA
 @pytest.mark.parametrize("case", [test_rotary.CASES[i] for i in (0, 5, 16)], ids=str)
 def test_rotary_in_place(case, isa):
     test_rotary.test_in_place(case, "cpu", CPU)
 
 
-@EVERY_ISA
 @pytest.mark.parametrize("name", test_gated.FUNCTIONS)
 @pytest.mark.parametrize("case", test_gated.CASES, ids=str)
-def test_gated_case(case, name, isa):
-    test_gated.check(case, name, "cpu", CPU)
+def test_gated_case(case, name):
+    test_gated.check(case, name, "cpu", CPU, EVERY_ISA)
 
 
-@EVERY_ISA
 @pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
 @pytest.mark.parametrize("name", test_gated.FUNCTIONS)
 def test_gated_non_finite(name, dtype, isa):
     test_gated.test_inf_and_nan_are_where_torch_has_them(name, "cpu", dtype, CPU)
 
 
-@EVERY_ISA
 @pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("name", test_dropout_add.CASES)
-def test_dropout_add_case(name, p, isa):
-    test_dropout_add.check(*test_dropout_add.CASES[name], p, "cpu", CPU)
+def test_dropout_add_case(name, p):
+    test_dropout_add.check(*test_dropout_add.CASES[name], p, "cpu", CPU, EVERY_ISA)
 
 
-@EVERY_ISA
 @pytest.mark.parametrize("operator", ["norm", "softmax", "cross_entropy", "rotary", "gated", "dropout_add"])
 def test_what_is_asked_of_every_backend(operator, isa):
     """In place, non-finite, dropped, ignored, empty: what the operators' own tests ask, of this backend."""
@@ -239,7 +208,6 @@ def _everything() -> list[Tensor]:
     return results
 
 
-@EVERY_ISA
 def test_threads_agree(isa, threads):
     """To the bit: blocks of rows depend on sizes alone, and their sums are added in order."""
     results = []
@@ -254,13 +222,12 @@ def test_one_dropout_mask_in_every_instruction_set():
     """And in every backend: x is dropped where h is the residual."""
     x, residual = make_inputs((40, 301), (40, 301))
     masks = []
-    for isa in ISAS:
-        module.load().set_isa(isa)
-        torch.manual_seed(3)
-        masks.append(fastattn.rms_norm(x, 301, residual=residual, dropout_p=0.4, backend="cpu")[1] == residual)
-        torch.manual_seed(3)
-        masks.append(fastattn.dropout_add(x, residual, 0.4, backend="cpu") == residual)
-    module.load().set_isa("")
+    for isa in EVERY_ISA:
+        with isa:
+            torch.manual_seed(3)
+            masks.append(fastattn.rms_norm(x, 301, residual=residual, dropout_p=0.4, backend="cpu")[1] == residual)
+            torch.manual_seed(3)
+            masks.append(fastattn.dropout_add(x, residual, 0.4, backend="cpu") == residual)
     torch.manual_seed(3)
     expected = fastattn.rms_norm(x, 301, residual=residual, dropout_p=0.4, backend="reference")[1] == residual
     assert all(torch.equal(mask, expected) for mask in masks)
@@ -313,8 +280,7 @@ def test_logits_are_never_held(monkeypatch):
         torch.testing.assert_close(loss.double(), exact)
 
 
-@EVERY_ISA
-def test_any_norm(isa):
+def test_any_norm():
     @seed(0)
     @settings(max_examples=40, database=None, deadline=None)
     @given(st.data())
@@ -337,13 +303,12 @@ def test_any_norm(isa):
             weight_offset=1.0 if rms and weight and pick(st.booleans()) else 0.0,
             rms=rms,
         )
-        test_norm.check(case, "cpu", CPU)
+        test_norm.check(case, "cpu", CPU, EVERY_ISA)
 
     draw()
 
 
-@EVERY_ISA
-def test_any_softmax(isa):
+def test_any_softmax():
     @seed(0)
     @settings(max_examples=60, database=None, deadline=None)
     @given(st.data())
@@ -359,24 +324,22 @@ def test_any_softmax(isa):
             {"causal": causal, "scale": pick(st.sampled_from([1.0, -0.5]))},
         )  # fmt: skip
         function = pick(st.sampled_from([fastattn.softmax, fastattn.log_softmax]))
-        test_softmax.test_softmax(case, function, "cpu", CPU)
+        test_softmax.check(case, function, "cpu", CPU, EVERY_ISA)
 
     draw()
 
 
-@EVERY_ISA
-def test_any_cross_entropy(isa):
+def test_any_cross_entropy():
     @seed(0)
     @settings(max_examples=60, database=None, deadline=None)
     @given(test_cross_entropy.calls())
     def draw(call):
-        test_cross_entropy.check(*call, "cpu", CPU)
+        test_cross_entropy.check(*call, "cpu", CPU, EVERY_ISA)
 
     draw()
 
 
-@EVERY_ISA
-def test_any_gated(isa):
+def test_any_gated():
     @seed(0)
     @settings(max_examples=40, database=None, deadline=None)
     @given(
@@ -387,7 +350,7 @@ def test_any_gated(isa):
     )
     def draw(shape, layout, dtype, name):
         case = test_gated.Case("drawn", tuple(shape), layout if shape else "contiguous", dtype)
-        test_gated.check(case, name, "cpu", CPU)
+        test_gated.check(case, name, "cpu", CPU, EVERY_ISA)
 
     draw()
 

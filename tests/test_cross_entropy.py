@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from module_parity import run
-from parity import on_backends
+from parity import ONCE, Contexts, on_backends
 from torch import Tensor
 from torch.func import grad, hessian, jvp, vmap
 from torch.testing._internal.common_methods_invocations import op_db
@@ -121,7 +121,7 @@ def test_any_call(call, device: torch.device):
     check(*call, "triton", device)
 
 
-def check(case: Case, reduction: str, backend: str, device: torch.device) -> None:
+def check(case: Case, reduction: str, backend: str, device: torch.device, under: Contexts = ONCE) -> None:
     """Loss and gradient of one backend, held to float64."""
     x, target, weight = inputs_of(case, device)
 
@@ -157,9 +157,12 @@ def check(case: Case, reduction: str, backend: str, device: torch.device) -> Non
         factor = torch.linspace(0.5, 2, loss.numel(), device=device).view(loss.shape).to(dtype)
         return loss, torch.autograd.grad(loss, leaf, factor)[0]
 
-    exact, eager, actual = run("reference", torch.float64), plain(case.dtype), run(backend, case.dtype)
-    for name, ours, truth, same_dtype in zip(("loss", "dlogits"), actual, exact, eager, strict=True):
-        assert_close(ours, truth, same_dtype, name)
+    exact, eager = run("reference", torch.float64), plain(case.dtype)
+    for context in under:
+        with context:
+            actual = run(backend, case.dtype)
+            for name, ours, truth, same_dtype in zip(("loss", "dlogits"), actual, exact, eager, strict=True):
+                assert_close(ours, truth, same_dtype, name)
 
 
 @BACKENDS

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, seed, settings
 from hypothesis import strategies as st
+from parity import ONCE, Contexts
 from torch import Tensor
 from torch.func import jvp, vmap
 
@@ -52,15 +53,19 @@ def by_torch(x: Tensor, residual: Tensor, dy: Tensor, p: float) -> dict[str, Ten
     return dict(zip(("y", "dx", "dresidual"), (y, *torch.autograd.grad(y, (x, residual), dy.to(y.dtype))), strict=True))
 
 
-def check(shape, x_dtype, dtype, transposed: bool, p: float, backend: str, device: torch.device) -> None:
+def check(
+    shape, x_dtype, dtype, transposed: bool, p: float, backend: str, device: torch.device, under: Contexts = ONCE
+) -> None:
     x, residual, dy = make_inputs(shape, shape, shape, device=device)
     if transposed and shape:
         x, dy = (t.permute(*reversed(range(t.dim()))).contiguous().permute(*reversed(range(t.dim()))) for t in (x, dy))
     x, residual, dy = x.to(x_dtype), residual.to(dtype), dy.to(dtype)
     exact = run("reference", x.double(), residual.double(), dy.double(), p)
-    eager, actual = by_torch(x, residual, dy, p), run(backend, x, residual, dy, p)
-    for key, t in actual.items():
-        assert_close(t, exact[key], eager[key], key)
+    eager = by_torch(x, residual, dy, p)
+    for context in under:
+        with context:
+            for key, t in run(backend, x, residual, dy, p).items():
+                assert_close(t, exact[key], eager[key], key)
 
 
 @BACKENDS

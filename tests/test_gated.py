@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, seed, settings
 from hypothesis import strategies as st
+from parity import ONCE, Contexts
 from torch import Tensor
 from torch.func import hessian, jvp, vmap
 
@@ -85,14 +86,15 @@ def run(function, inputs, dtype) -> dict[str, Tensor]:
     return dict(zip(("y", "dgate", "dup"), (y, *torch.autograd.grad(y, (gate, up), dy)), strict=True))
 
 
-def check(case: Case, name: str, backend: str, device: torch.device) -> None:
+def check(case: Case, name: str, backend: str, device: torch.device, under: Contexts = ONCE) -> None:
     ours, activation = FUNCTIONS[name]
     inputs = inputs_of(case, device)
     exact = run(lambda g, u: ours(g, u, backend="reference"), inputs, torch.float64)
     eager = run(lambda g, u: activation(g) * u, inputs, case.dtype)
-    actual = run(lambda g, u: ours(g, u, backend=backend), inputs, case.dtype)
-    for key, t in actual.items():
-        assert_close(t, exact[key], eager[key], key)
+    for context in under:
+        with context:
+            for key, t in run(lambda g, u: ours(g, u, backend=backend), inputs, case.dtype).items():
+                assert_close(t, exact[key], eager[key], key)
 
 
 @EVERY

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from parity import ONCE
 from torch.func import grad, jvp
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -126,7 +127,7 @@ def test_any_call(budget, device, **call):
         check(**call, backend="triton", device=device)
 
 
-def check(dtype, with_bias, weighted, probabilities, chunk_size, options, reduction, backend, device):
+def check(dtype, with_bias, weighted, probabilities, chunk_size, options, reduction, backend, device, under=ONCE):
     """Loss and gradients of one backend, held to float64."""
     tensors = make_inputs((N, E), (V, E), (V,), dtype=dtype, device=device)
     leaves = tensors if with_bias else tensors[:2]
@@ -163,10 +164,13 @@ def check(dtype, with_bias, weighted, probabilities, chunk_size, options, reduct
         logits = torch.cat([torch.nn.functional.linear(h, weight, bias) for h in hidden.split(rows)])
         return fastattn.cross_entropy(logits, target, class_weight, reduction=reduction, backend="eager", **options)
 
-    exact, actual = run(with_backend("reference"), torch.float64), run(with_backend(backend, chunk_size), dtype)
-    eager = run(theirs, dtype)
-    for name, ours, truth, theirs in zip(("loss", "dhidden", "dweight", "dbias"), actual, exact, eager, strict=False):
-        assert_close(ours, truth, theirs, name)
+    exact, eager = run(with_backend("reference"), torch.float64), run(theirs, dtype)
+    names = ("loss", "dhidden", "dweight", "dbias")
+    for context in under:
+        with context:
+            actual = run(with_backend(backend, chunk_size), dtype)
+            for name, ours, truth, same_dtype in zip(names, actual, exact, eager, strict=False):
+                assert_close(ours, truth, same_dtype, name)
 
 
 class Largest(TorchDispatchMode):

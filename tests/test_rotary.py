@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, seed, settings
 from hypothesis import strategies as st
+from parity import ONCE, Contexts
 from torch import Tensor
 from torch.func import jvp, vmap
 
@@ -112,7 +113,7 @@ def run(function, xs: list[Tensor], dys: list[Tensor], dtype) -> dict[str, Tenso
     return {f"{name}{i}": t for name, ts in (("y", ys), ("dx", grads)) for i, t in enumerate(ts)}
 
 
-def check(case: Case, backend: str, device: torch.device) -> None:
+def check(case: Case, backend: str, device: torch.device, under: Contexts = ONCE) -> None:
     xs, dys, cos, sin, options = inputs_of(case, device)
 
     def ours(leaves):
@@ -127,8 +128,10 @@ def check(case: Case, backend: str, device: torch.device) -> None:
         lambda leaves: [plain(t, cos.double(), sin.double(), **options) for t in leaves], xs, dys, torch.float64
     )
     theirs = run(eager, xs, dys, case.dtype)
-    for key, t in run(ours, xs, dys, case.dtype).items():
-        assert_close(t, exact[key], theirs[key], key)
+    for context in under:
+        with context:
+            for key, t in run(ours, xs, dys, case.dtype).items():
+                assert_close(t, exact[key], theirs[key], key)
 
 
 @BACKENDS

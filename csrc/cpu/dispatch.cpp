@@ -61,7 +61,11 @@ Isa chosen() {
 }
 
 // A few pieces of memory are kept for the next call: fresh memory costs a page fault for every 4 KiB.
+#if defined(__SANITIZE_ADDRESS__)  // which is to see the end of what a call asked for, not of a larger piece
+constexpr size_t LARGEST_POOLED = 0;
+#else
 constexpr size_t LARGEST_POOLED = size_t(16) << 20;
+#endif
 constexpr int MOST_POOLED = 4;
 struct Piece {
   char* data = nullptr;

@@ -203,8 +203,8 @@ void run(const AttentionParams& p, const AttentionGradients& g, const BackwardPl
     const Operand k = rows_in_place<T>(p.k, p.D, k_rows, most, w.k);
     const Operand v = rows_in_place<T>(p.v, p.D_v, v_rows, most, w.v);
     w.ks.pack(k_rows, most, p.k.col, p.D);
-    memset(w.dk, 0, sizeof(float) * CHUNK * w.qs.ld);
-    memset(w.dv, 0, sizeof(float) * CHUNK * w.d_os.ld);
+    memset(w.dk, 0, sizeof(float) * most * w.qs.ld);
+    memset(w.dv, 0, sizeof(float) * most * w.d_os.ld);
     for (int tile = task.t_lo; tile < task.t_hi; ++tile) {
       const Tile t = Tile::of(layout, task.h_kv, tile);
       float* dslope = sums.dslope == nullptr ? nullptr : sums.dslope + (first_tile + tile) * BLOCK_M;

@@ -48,7 +48,22 @@ FASTATTN_INLINE void copy(T* y, const T* x, int64_t first, int64_t last) {
   if (y != x && last > first) memcpy(y + first, x + first, sizeof(T) * (last - first));
 }
 
-// The position of token (b, s), -1 for one that is in no sequence; `sequence` is where to look first
+// The first packed sequence that ends after token s; p.sequences if none does
+FASTATTN_INLINE int64_t sequence_of(const Rotary& p, int64_t s) {
+  if (p.cu_seqlens == nullptr) return 0;
+  int64_t low = 0, high = p.sequences;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (p.cu_seqlens[middle + 1] <= s) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+// The position of token (b, s); `sequence` is the one of the token before it, and becomes its own
 FASTATTN_INLINE int64_t position_of(const Rotary& p, int64_t b, int64_t s, int64_t& sequence) {
   if (p.positions != nullptr) return p.positions[b * p.position_batch + s];
   if (p.cu_seqlens == nullptr) return s;
@@ -107,7 +122,7 @@ void rotary(const Rotary& p, int threads) {
   Scratch scratch(sizeof(float) * width * threads);
   for_rows(threads, tokens, heads * p.D, [&](int64_t first, int64_t last, int thread) {
     float* room = (float*)scratch.data() + thread * width;
-    int64_t sequence = 0;
+    int64_t sequence = sequence_of(p, first % p.S);
     with_type(p.type, [&](auto type) FASTATTN_LAMBDA {
       for (int64_t token = first; token < last; ++token) {
         const int64_t b = token / p.S, s = token % p.S;

@@ -37,12 +37,14 @@ struct Target {
 template <class S>
 Statistics statistics(const S* s, int64_t V) {
   float highest = -INF;
+  double total = 0.;  // of the spans before this one
   Vec limit = broadcast(-INF), offset{}, sums[4] = {};
   const auto raise = [&](Vec most) FASTATTN_LAMBDA {
     const float before = highest;
     highest = reduce_max(most);
     if (before != -INF) {
       const Vec scale = exp2_below(broadcast((before - highest) * LOG2_E));
+      total *= scale[0];
 #pragma GCC unroll 4
       for (int k = 0; k < 4; ++k) sums[k] *= scale;
     }
@@ -51,32 +53,35 @@ Statistics statistics(const S* s, int64_t V) {
   };
   const auto add = [&](Vec x, int k) FASTATTN_LAMBDA { sums[k] += exp2_below((x - offset) * broadcast(LOG2_E)); };
   int64_t n = 0;
-  for (; n + 4 * LANES <= V; n += 4 * LANES) {
-    const Vec x[4] = {load(s + n), load(s + n + LANES), load(s + n + 2 * LANES), load(s + n + 3 * LANES)};
-    const Vec most = max(max(x[0], x[1]), max(x[2], x[3]));
-    if (any(most > limit)) raise(most);
+  while (n + 4 * LANES <= V) {
+    total += total_of(sums);
+    for (Vec& sum : sums) sum = Vec{};
+    const int64_t end = smaller(V, n + SPAN);
+    for (; n + 4 * LANES <= end; n += 4 * LANES) {
+      const Vec x[4] = {load(s + n), load(s + n + LANES), load(s + n + 2 * LANES), load(s + n + 3 * LANES)};
+      const Vec most = max(max(x[0], x[1]), max(x[2], x[3]));
+      if (any(most > limit)) raise(most);
 #pragma GCC unroll 4
-    for (int k = 0; k < 4; ++k) add(x[k], k);
+      for (int k = 0; k < 4; ++k) add(x[k], k);
+    }
   }
   for (; n < V; n += LANES) {
     const Vec x = n + LANES <= V ? load(s + n) : only(First{int(V - n)}, load(s + n, int(V - n)), -INF);
     if (any(x > limit)) raise(x);
     add(x, 0);
   }
-  return {highest, log(broadcast(total_of(sums)))[0]};
+  return {highest, log(broadcast((float)(total + total_of(sums))))[0]};
 }
 
 // Σ log p, or with Q Σ q log p
 template <bool Q, class S>
 float sum_log_p(const S* s, const float* q, Statistics row, int64_t V) {
   const Vec highest = broadcast(row.highest), log_sum = broadcast(row.log_sum);
-  Vec sums[SUMS] = {};
-  for_columns<SUMS>(V, [&](int64_t n, auto part, int k) FASTATTN_LAMBDA {
+  return sum_columns(V, [&](int64_t n, auto part, Vec& sum) FASTATTN_LAMBDA {
     Vec log_p = (load(s + n, part) - highest) - log_sum;
     if (Q) log_p *= load(q + n, part);
-    sums[k] += only(part, log_p);
+    sum += only(part, log_p);
   });
-  return total_of(sums);
 }
 
 // dx = (total · p - q + pull · p) · factor [· ds / dx]
@@ -129,9 +134,7 @@ float load_q(const CrossEntropy& p, const Y* y, float* q) {
     if (p.weight != nullptr) v *= load(p.weight + n, part);
     store(q + n, v, part);
   });
-  Vec sums[SUMS] = {};
-  for_columns<SUMS>(p.V, [&](int64_t n, auto part, int k) FASTATTN_LAMBDA { sums[k] += load(q + n, part); });
-  return total_of(sums);
+  return sum_columns(p.V, [&](int64_t n, auto part, Vec& sum) FASTATTN_LAMBDA { sum += load(q + n, part); });
 }
 
 // Whether q is more than a constant and a spike

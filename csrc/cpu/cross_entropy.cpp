@@ -1,19 +1,33 @@
 // s = softcap · tanh(x / softcap)   or x          log p_j = (s_j - max s) - log Σ exp(s_l - max s)
 // loss of a row = -Σ_j q_j log p_j + z_loss · lse²          lse = max s + log Σ exp(s_l - max s)
-// dx_j = (Σ q p_j - q_j + 2 z_loss lse p_j) · ds_j / dx_j   ds / dx = 1 - (s / softcap)²  or 1
+// dx_j = (Σ q p_j - q_j + 2 z_loss lse p_j) · ds_j / dx_j   ds / dx = 1 - tanh²(x / softcap)  or 1
 //
 // q_j = (1 - ε) w_t [j = t] + ε / V · w_j         for a class t of V, w = 1 without class weights
 // q_j = w_j ((1 - ε) y_j + ε / V)                 for probabilities y
 //
 // A row is read twice: for its maximum, or a number close to it, and sum, kept up to date as they come by, and for its
 // gradient, which may be written over it. One to be ignored is not read at all. q of a class without weights is a
-// constant and a spike; other q, and scores with a cap, are kept in a row of fp32. Row losses are added in one order.
+// constant and a spike; other q, and the tanh of scores with a cap, are kept in a row of fp32. Row losses are added in
+// one order.
 #include "cross_entropy.h"
 
 #include "exponential.h"
 #include "row_loops.h"
 
 namespace fastattn::FASTATTN_ISA {
+
+// Scores with a cap: s = cap · u, u = tanh(x / cap). Otherwise scores are the logits, T* or float*.
+struct Capped {
+  const float* u;
+  float cap;
+  FASTATTN_INLINE Capped operator+(int64_t n) const { return {u + n, cap}; }
+};
+FASTATTN_INLINE Vec load(Capped s) { return broadcast(s.cap) * load(s.u); }
+FASTATTN_INLINE Vec load(Capped s, int n) { return broadcast(s.cap) * load(s.u, n); }
+FASTATTN_INLINE Vec load(Capped s, All) { return load(s); }
+FASTATTN_INLINE Vec load(Capped s, First part) { return load(s, part.n); }
+FASTATTN_INLINE float load_one(Capped s) { return s.cap * *s.u; }
+
 namespace {
 
 constexpr float INF = __builtin_inff(), NOT_A_NUMBER = __builtin_nanf("");
@@ -32,17 +46,28 @@ struct Target {
   float poison;   // NaN where the class does not exist, else 0
 };
 
+// ds / dx
+template <class Part>
+FASTATTN_INLINE Vec slope(Capped s, Part part) {
+  const Vec u = load(s.u, part);
+  return broadcast(1.f) - u * u;
+}
+template <class T, class Part>
+FASTATTN_INLINE Vec slope(const T*, Part) { return broadcast(1.f); }
+
 // m and Σ exp(s - m) of (V,), m being within SLACK of the maximum: it is raised, and the sums scaled, where a number
 // exceeds it by more, which after the first few vectors is rare. A NaN is in the sum.
 template <class S>
-Statistics statistics(const S* s, int64_t V) {
+Statistics statistics(S s, int64_t V) {
   float highest = -INF;
+  double total = 0.;  // of the spans before this one
   Vec limit = broadcast(-INF), offset{}, sums[4] = {};
   const auto raise = [&](Vec most) FASTATTN_LAMBDA {
     const float before = highest;
     highest = reduce_max(most);
     if (before != -INF) {
       const Vec scale = exp2_below(broadcast((before - highest) * LOG2_E));
+      total *= scale[0];
 #pragma GCC unroll 4
       for (int k = 0; k < 4; ++k) sums[k] *= scale;
     }
@@ -51,73 +76,68 @@ Statistics statistics(const S* s, int64_t V) {
   };
   const auto add = [&](Vec x, int k) FASTATTN_LAMBDA { sums[k] += exp2_below((x - offset) * broadcast(LOG2_E)); };
   int64_t n = 0;
-  for (; n + 4 * LANES <= V; n += 4 * LANES) {
-    const Vec x[4] = {load(s + n), load(s + n + LANES), load(s + n + 2 * LANES), load(s + n + 3 * LANES)};
-    const Vec most = max(max(x[0], x[1]), max(x[2], x[3]));
-    if (any(most > limit)) raise(most);
+  while (n + 4 * LANES <= V) {
+    total += total_of(sums);
+    for (Vec& sum : sums) sum = Vec{};
+    const int64_t end = smaller(V, n + SPAN);
+    for (; n + 4 * LANES <= end; n += 4 * LANES) {
+      const Vec x[4] = {load(s + n), load(s + n + LANES), load(s + n + 2 * LANES), load(s + n + 3 * LANES)};
+      const Vec most = max(max(x[0], x[1]), max(x[2], x[3]));
+      if (any(most > limit)) raise(most);
 #pragma GCC unroll 4
-    for (int k = 0; k < 4; ++k) add(x[k], k);
+      for (int k = 0; k < 4; ++k) add(x[k], k);
+    }
   }
   for (; n < V; n += LANES) {
     const Vec x = n + LANES <= V ? load(s + n) : only(First{int(V - n)}, load(s + n, int(V - n)), -INF);
     if (any(x > limit)) raise(x);
     add(x, 0);
   }
-  return {highest, log(broadcast(total_of(sums)))[0]};
+  return {highest, log(broadcast((float)(total + total_of(sums))))[0]};
 }
 
 // Σ log p, or with Q Σ q log p
 template <bool Q, class S>
-float sum_log_p(const S* s, const float* q, Statistics row, int64_t V) {
+float sum_log_p(S s, const float* q, Statistics row, int64_t V) {
   const Vec highest = broadcast(row.highest), log_sum = broadcast(row.log_sum);
-  Vec sums[SUMS] = {};
-  for_columns<SUMS>(V, [&](int64_t n, auto part, int k) FASTATTN_LAMBDA {
+  return sum_columns(V, [&](int64_t n, auto part, Vec& sum) FASTATTN_LAMBDA {
     Vec log_p = (load(s + n, part) - highest) - log_sum;
     if (Q) log_p *= load(q + n, part);
-    sums[k] += only(part, log_p);
+    sum += only(part, log_p);
   });
-  return total_of(sums);
 }
 
 // dx = (total · p - q + pull · p) · factor [· ds / dx]
-template <bool Q, bool CAP, class S, class T>
+template <bool Q, class S, class T>
 void gradient(
-    T* dx, const S* s, const float* q, const Target& target, Statistics row, float pull, float factor, float cap,
-    int64_t V) {
+    T* dx, S s, const float* q, const Target& target, Statistics row, float pull, float factor, int64_t V) {
   const Vec highest = broadcast(row.highest), log_sum = broadcast(row.log_sum * LOG2_E);
   const Vec total = broadcast(target.total), both = broadcast(target.total + pull), pull_ = broadcast(pull);
   const Vec constant = broadcast(target.constant), factor_ = broadcast(factor);
-  const Vec inverse = broadcast(CAP ? 1.f / cap : 0.f);
   // The class's entry apart: where p is close to q the difference of those two is small beside the pull.
   float at_t = 0.f;
   if (target.t >= 0) {
     const float spread = Q ? q[target.t] : target.constant;
     const float score = load_one(s + target.t);
     const float p = exp2_below(broadcast((score - row.highest) * LOG2_E - row.log_sum * LOG2_E))[0];
-    at_t = ((target.total * p - (target.spike + spread)) + pull * p) * factor;
-    if (CAP) at_t *= 1.f - (score / cap) * (score / cap);
+    at_t = ((target.total * p - (target.spike + spread)) + pull * p) * factor * slope(s + target.t, First{1})[0];
   }
   for_columns<4>(V, [&](int64_t n, auto part, int) FASTATTN_LAMBDA {
     const Vec score = load(s + n, part);
     const Vec p = exp2_for(fma(score - highest, broadcast(LOG2_E), -log_sum), T{});
     Vec d = Q ? fma(pull_, p, total * p - load(q + n, part)) : fma(both, p, -constant);
-    d *= factor_;
-    if (CAP) {
-      const Vec ratio = score * inverse;
-      d *= broadcast(1.f) - ratio * ratio;
-    }
-    store(dx + n, d, part);
+    store(dx + n, d * factor_ * slope(s + n, part), part);
   });
   if (target.t >= 0) store_one(dx + target.t, at_t);
 }
 
-// s (V,) = softcap · tanh(x / softcap)
+// u (V,) of logits x
 template <class T>
-void cap_scores(const T* x, float* s, float cap, int64_t V) {
-  const Vec inverse = broadcast(1.f / cap);
+Capped capped(const T* x, float* u, float cap, int64_t V) {
   for_columns<1>(V, [&](int64_t n, auto part, int) FASTATTN_LAMBDA {
-    store(s + n, broadcast(cap) * tanh(load(x + n, part) * inverse), part);
+    store(u + n, tanh(load(x + n, part) / broadcast(cap)), part);
   });
+  return {u, cap};
 }
 
 // q (V,) of probabilities, or what a class spreads over all; returns Σ q
@@ -129,9 +149,7 @@ float load_q(const CrossEntropy& p, const Y* y, float* q) {
     if (p.weight != nullptr) v *= load(p.weight + n, part);
     store(q + n, v, part);
   });
-  Vec sums[SUMS] = {};
-  for_columns<SUMS>(p.V, [&](int64_t n, auto part, int k) FASTATTN_LAMBDA { sums[k] += load(q + n, part); });
-  return total_of(sums);
+  return sum_columns(p.V, [&](int64_t n, auto part, Vec& sum) FASTATTN_LAMBDA { sum += load(q + n, part); });
 }
 
 // Whether q is more than a constant and a spike
@@ -167,9 +185,9 @@ FASTATTN_INLINE float factor_of(const CrossEntropy& p, int64_t i) {
 }
 
 // One row; its statistics are given or, if known is null, found, and then its loss is returned.
-template <bool CAP, class S, class T>
+template <class T, class S>
 float finish_row(
-    const CrossEntropy& p, int64_t i, Place place, const S* s, const float* q, const Target& target,
+    const CrossEntropy& p, int64_t i, Place place, S s, const float* q, const Target& target,
     Statistics* statistics_out, const Statistics* known) {
   const int64_t V = p.V;
   const Statistics row = known != nullptr ? *known : statistics(s, V);
@@ -189,9 +207,9 @@ float finish_row(
     T* dx = row_of<T>(p.dx, place);
     const float pull = 2.f * p.z_loss * lse, factor = factor_of(p, i) + target.poison;
     if (q != nullptr) {
-      gradient<true, CAP>(dx, s, q, target, row, pull, factor, p.softcap, V);
+      gradient<true>(dx, s, q, target, row, pull, factor, V);
     } else {
-      gradient<false, CAP>(dx, s, nullptr, target, row, pull, factor, p.softcap, V);
+      gradient<false>(dx, s, nullptr, target, row, pull, factor, V);
     }
   }
   return loss;
@@ -220,9 +238,9 @@ float one_row(
       target.total = target.spike + load_q(p, y, room + width);
     });
   }
-  if (p.softcap == 0.f) return finish_row<false, T, T>(p, i, place, x, q, target, statistics_out, known);
-  cap_scores(x, room, p.softcap, p.V);
-  return finish_row<true, float, T>(p, i, place, room, q, target, statistics_out, known);
+  if (p.softcap == 0.f) return finish_row<T>(p, i, place, x, q, target, statistics_out, known);
+  const Capped s = capped(x, room, p.softcap, p.V);
+  return finish_row<T>(p, i, place, s, q, target, statistics_out, known);
 }
 
 // row(i, room, width) for every row, with room for what a thread keeps of a row

@@ -40,20 +40,20 @@ std::string listed(const std::vector<std::string>& names) {
   return text;
 }
 
-Isa parse(const std::string& name) {
+// `said_by`: whose value `name` is
+Isa parse(const std::string& name, const std::string& said_by) {
   for (int i = 0; i < 4; ++i) {
     if (name != NAMES[i]) continue;
     if (cpu_has(Isa(i))) return Isa(i);
-    throw std::invalid_argument("FASTATTN_CPU_ISA is '" + name + "', which this CPU does not have; it has " +
+    throw std::invalid_argument(said_by + " is '" + name + "', which this CPU does not have; it has " +
                                 listed(available_isas()) + ".");
   }
-  throw std::invalid_argument("FASTATTN_CPU_ISA is '" + name + "'; it must be one of " + listed(available_isas()) +
-                              ".");
+  throw std::invalid_argument(said_by + " is '" + name + "'; it must be one of " + listed(available_isas()) + ".");
 }
 
 Isa chosen() {
   const char* forced = std::getenv("FASTATTN_CPU_ISA");
-  if (forced != nullptr && *forced != '\0') return parse(forced);
+  if (forced != nullptr && *forced != '\0') return parse(forced, "FASTATTN_CPU_ISA");
   for (int i = 3; i > 0; --i) {
     if (cpu_has(Isa(i))) return Isa(i);
   }
@@ -88,7 +88,7 @@ Isa isa() {
   return Isa(i);
 }
 
-void set_isa(const std::string& name) { current = int(name.empty() ? chosen() : parse(name)); }
+void set_isa(const std::string& name) { current = int(name.empty() ? chosen() : parse(name, "set_isa: `name`")); }
 
 std::string isa_name() { return NAMES[int(isa())]; }
 

@@ -41,26 +41,27 @@ struct Sums {
 // Of h about a number `centre`; `off` is how far that is from the mean; share = 1 / N
 template <class H>
 Sums sums_about(const H* h, int64_t N, float share, float centre, float& off) {
-  Vec errors[SUMS] = {}, parts[SUMS] = {};
-  for_columns<SUMS>(N, [&](int64_t n, auto part, int k) FASTATTN_LAMBDA {
+  float totals[2];
+  sum_columns(N, totals, [&](int64_t n, auto part, Vec (&sums)[2]) FASTATTN_LAMBDA {
     const Vec centred = only(part, load(h + n, part) - broadcast(centre));
-    errors[k] += centred;
-    parts[k] = fma(centred, centred, parts[k]);
+    sums[0] += centred;
+    sums[1] = fma(centred, centred, sums[1]);
   });
-  off = total_of(errors) * share;
-  return {centre + off, total_of(parts) - off * off * (float)N};
+  off = totals[0] * share;
+  // Squares that overflow are infinite, however far off the centre was.
+  const float excess = smaller(off * off * (float)N, __FLT_MAX__);
+  return {centre + off, totals[1] - excess};
 }
 
 template <bool RMS, class H>
 Moments moments(const H* h, int64_t N, float eps) {
   const float share = 1.f / (float)N;
   if (RMS) {
-    Vec parts[SUMS] = {};
-    for_columns<SUMS>(N, [&](int64_t n, auto part, int k) FASTATTN_LAMBDA {
+    const float squares = sum_columns(N, [&](int64_t n, auto part, Vec& sum) FASTATTN_LAMBDA {
       const Vec v = load(h + n, part);
-      parts[k] = fma(v, v, parts[k]);
+      sum = fma(v, v, sum);
     });
-    return {0.f, 1.f / __builtin_sqrtf(total_of(parts) * share + eps)};
+    return {0.f, 1.f / __builtin_sqrtf(squares * share + eps)};
   }
   const int64_t beginning = smaller<int64_t>(N, 4 * LANES);
   Vec begun{};

@@ -11,6 +11,7 @@
 namespace fastattn::FASTATTN_ISA {
 namespace {
 
+constexpr int64_t BACKWARD_SPAN = 256 * LANES;  // SPAN for sums of one accumulator
 constexpr int TILE = 4;  // rows that share one read and write of the sums of dweight and dbias
 constexpr int64_t ROWS_PER_PART = 16, MOST_PARTS = 128;
 
@@ -34,40 +35,50 @@ void recover(const Y* y, const float* weight, const float* bias, float* x_hat, i
 // Means over ROWS rows, whose dy · x̂ and dy are added to dweight and dbias (N,) if SUMS
 template <bool RMS, bool SUMS, int ROWS, class Base, class Dy>
 void row_sums(Row<Base, Dy>* rows, const float* weight, float* dweight, float* dbias, int64_t N) {
-  Vec g_sum[ROWS] = {}, dot[ROWS] = {}, mean[ROWS], scale[ROWS];
+  double g_total[ROWS] = {}, dot_total[ROWS] = {};
+  Vec mean[ROWS], scale[ROWS];
 #pragma GCC unroll 4
   for (int r = 0; r < ROWS; ++r) {
     mean[r] = broadcast(rows[r].mean);
     scale[r] = broadcast(rows[r].scale);
   }
-  for_columns<1>(N, [&](int64_t n, auto part, int) FASTATTN_LAMBDA {
-    const Vec w = load(weight + n, part);
-    Vec dw{}, db{};
-    if (SUMS) {
-      dw = load(dweight + n, part);
-      if (!RMS) db = load(dbias + n, part);
-    }
+  for (int64_t start = 0; start < N; start += BACKWARD_SPAN) {
+    Vec g_sum[ROWS] = {}, dot[ROWS] = {};
+    for_columns<1>(smaller(BACKWARD_SPAN, N - start), [&](int64_t column, auto part, int) FASTATTN_LAMBDA {
+      const int64_t n = start + column;
+      const Vec w = load(weight + n, part);
+      Vec dw{}, db{};
+      if (SUMS) {
+        dw = load(dweight + n, part);
+        if (!RMS) db = load(dbias + n, part);
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; ++r) {
+        const Vec dy = load(rows[r].dy + n, part);
+        const Vec x_hat = only(part, (load(rows[r].base + n, part) - mean[r]) * scale[r]);
+        const Vec g = dy * w;
+        dot[r] = fma(g, x_hat, dot[r]);
+        if (!RMS) g_sum[r] += g;
+        if (SUMS) {
+          dw = fma(dy, x_hat, dw);
+          if (!RMS) db += dy;
+        }
+      }
+      if (SUMS) {
+        store(dweight + n, dw, part);
+        if (!RMS) store(dbias + n, db, part);
+      }
+    });
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; ++r) {
-      const Vec dy = load(rows[r].dy + n, part);
-      const Vec x_hat = only(part, (load(rows[r].base + n, part) - mean[r]) * scale[r]);
-      const Vec g = dy * w;
-      dot[r] = fma(g, x_hat, dot[r]);
-      if (!RMS) g_sum[r] += g;
-      if (SUMS) {
-        dw = fma(dy, x_hat, dw);
-        if (!RMS) db += dy;
-      }
+      g_total[r] += reduce_sum(g_sum[r]);
+      dot_total[r] += reduce_sum(dot[r]);
     }
-    if (SUMS) {
-      store(dweight + n, dw, part);
-      if (!RMS) store(dbias + n, db, part);
-    }
-  });
+  }
 #pragma GCC unroll 4
   for (int r = 0; r < ROWS; ++r) {
-    rows[r].g_mean = RMS ? 0.f : reduce_sum(g_sum[r]) / (float)N;
-    rows[r].dot_mean = reduce_sum(dot[r]) / (float)N;
+    rows[r].g_mean = RMS ? 0.f : (float)g_total[r] / (float)N;
+    rows[r].dot_mean = (float)dot_total[r] / (float)N;
   }
 }
 

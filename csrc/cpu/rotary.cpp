@@ -10,7 +10,9 @@
 namespace fastattn::FASTATTN_ISA {
 namespace {
 
-// The angles of one token, for both elements of a pair: y = x · cos + partner · sin
+constexpr int64_t MOST_TOKENS = 32;
+
+// The angles of one token, for both elements of a pair: y = x · cos + partner · sin; null: it is not rotated
 struct Angles {
   const float *cos, *sin;  // (half,); interleaved (R,), with the signs of sin
 };
@@ -48,7 +50,22 @@ FASTATTN_INLINE void copy(T* y, const T* x, int64_t first, int64_t last) {
   if (y != x && last > first) memcpy(y + first, x + first, sizeof(T) * (last - first));
 }
 
-// The position of token (b, s), -1 for one that is in no sequence; `sequence` is where to look first
+// The first packed sequence that ends after token s; p.sequences if none does
+FASTATTN_INLINE int64_t sequence_of(const Rotary& p, int64_t s) {
+  if (p.cu_seqlens == nullptr) return 0;
+  int64_t low = 0, high = p.sequences;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (p.cu_seqlens[middle + 1] <= s) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+// The position of token (b, s); `sequence` is the one of the token before it, and becomes its own
 FASTATTN_INLINE int64_t position_of(const Rotary& p, int64_t b, int64_t s, int64_t& sequence) {
   if (p.positions != nullptr) return p.positions[b * p.position_batch + s];
   if (p.cu_seqlens == nullptr) return s;
@@ -76,25 +93,53 @@ FASTATTN_INLINE Angles angles_of(const Rotary& p, int64_t b, int64_t position, f
   return {room, room + R};
 }
 
+// `count` pieces of D elements, one after the other by steps of y and x, with the angles of piece k
+template <class T, class AnglesOf>
+FASTATTN_INLINE void rotate_pieces(
+    const Rotary& p, T* y, const T* x, int64_t count, int64_t y_step, int64_t x_step, const AnglesOf& angles_of_piece) {
+  const int64_t R = 2 * p.half, D = p.D;
+  const float sign = p.inverse ? -1.f : 1.f;
+  const bool interleaved = p.interleaved;
+  for (int64_t k = 0; k < count; ++k, y += y_step, x += x_step) {
+    const Angles angles = angles_of_piece(k);
+    if (angles.cos == nullptr) {
+      copy(y, x, 0, D);
+      continue;
+    }
+    if (interleaved) {
+      rotate_pairs(y, x, angles, R);
+    } else {
+      rotate_halves(y, x, angles, sign, R / 2);
+    }
+    copy(y, x, R, D);
+  }
+}
+
+// Tokens (b, s) … (b, s + n - 1): one with all its heads, several head by head
 template <class T>
-FASTATTN_INLINE void rotate_token(const Rotary& p, int64_t b, int64_t s, bool turned, const Angles& angles) {
+FASTATTN_INLINE void rotate_tokens(const Rotary& p, int64_t b, int64_t s, const Angles* angles, int64_t n) {
   for (int i = 0; i < p.n_heads; ++i) {
     const RotaryHeads& of = p.heads[i];
     T* y = (T*)of.y + b * of.y_steps[0] + s * of.y_steps[2];
     const T* x = (const T*)of.x + b * of.x_steps[0] + s * of.x_steps[2];
+    if (n == 1) {
+      rotate_pieces(p, y, x, of.H, of.y_steps[1], of.x_steps[1],
+                    [all = angles[0]](int64_t) FASTATTN_LAMBDA { return all; });
+      continue;
+    }
     for (int64_t h = 0; h < of.H; ++h, y += of.y_steps[1], x += of.x_steps[1]) {
-      if (!turned) {
-        copy(y, x, 0, p.D);
-        continue;
-      }
-      if (p.interleaved) {
-        rotate_pairs(y, x, angles, 2 * p.half);
-      } else {
-        rotate_halves(y, x, angles, p.inverse ? -1.f : 1.f, p.half);
-      }
-      copy(y, x, 2 * p.half, p.D);
+      rotate_pieces(p, y, x, n, of.y_steps[2], of.x_steps[2],
+                    [&](int64_t k) FASTATTN_LAMBDA { return angles[k]; });
     }
   }
+}
+
+// How many tokens to take head by head: one where its heads lie together, else several, which lie together, but not so
+// many that threads go idle
+FASTATTN_INLINE int64_t tile_of(const Rotary& p, int64_t tokens, int threads) {
+  const RotaryHeads& of = p.heads[0];
+  if (of.x_steps[1] <= of.x_steps[2]) return 1;
+  return larger<int64_t>(1, smaller<int64_t>(MOST_TOKENS, tokens / (4 * threads)));
 }
 
 }  // namespace
@@ -104,17 +149,23 @@ void rotary(const Rotary& p, int threads) {
   for (int i = 0; i < p.n_heads; ++i) heads += p.heads[i].H;
   const int64_t tokens = p.B * p.S, width = 4 * p.half;
   threads = threads_of(threads, tokens);
-  Scratch scratch(sizeof(float) * width * threads);
-  for_rows(threads, tokens, heads * p.D, [&](int64_t first, int64_t last, int thread) {
-    float* room = (float*)scratch.data() + thread * width;
-    int64_t sequence = 0;
+  const int64_t tile = tile_of(p, tokens, threads);
+  const int64_t grain = larger(GRAIN / larger<int64_t>(heads * p.D, 1), tile);
+  Scratch scratch(sizeof(float) * width * tile * threads);
+  parallel_ranges(threads, tokens, grain, [&](int64_t first, int64_t last, int thread) {
+    float* room = (float*)scratch.data() + thread * tile * width;
+    int64_t sequence = sequence_of(p, first % p.S);
     with_type(p.type, [&](auto type) FASTATTN_LAMBDA {
-      for (int64_t token = first; token < last; ++token) {
+      Angles angles[MOST_TOKENS];
+      for (int64_t token = first, n; token < last; token += n) {
         const int64_t b = token / p.S, s = token % p.S;
-        const int64_t position = position_of(p, b, s, sequence);
-        const bool turned = p.cu_seqlens == nullptr || sequence < p.sequences;
-        const Angles angles = turned ? angles_of(p, b, position, room) : Angles{};
-        rotate_token<decltype(type)>(p, b, s, turned, angles);
+        n = smaller(smaller(tile, last - token), p.S - s);
+        for (int64_t k = 0; k < n; ++k) {
+          const int64_t position = position_of(p, b, s + k, sequence);
+          const bool turned = p.cu_seqlens == nullptr || sequence < p.sequences;
+          angles[k] = turned ? angles_of(p, b, position, room + k * width) : Angles{};
+        }
+        rotate_tokens<decltype(type)>(p, b, s, angles, n);
       }
     });
   });

@@ -10,6 +10,7 @@ namespace fastattn::FASTATTN_ISA {
 
 constexpr int64_t GRAIN = 16384;  // elements: what is worth a task of its own
 constexpr int SUMS = 64 / LANES;  // accumulators of a sum along a row: 64 numbers, whatever the vectors
+constexpr int64_t SPAN = 16384;   // columns that such a sum covers; float64 adds up those of the spans of a longer row
 
 struct Place {
   int64_t i0, i1, i2;
@@ -75,6 +76,31 @@ FASTATTN_INLINE float total_of(const Vec (&parts)[UNROLL]) {
 #pragma GCC unroll 16
   for (int k = 1; k < UNROLL; ++k) t += parts[k];
   return reduce_sum(t);
+}
+
+// Σ over N columns of each of COUNT quantities, as fp32: body(n, part, sums) adds those of some columns to sums[COUNT]
+template <int COUNT, class Body>
+FASTATTN_INLINE void sum_columns(int64_t N, float (&totals)[COUNT], const Body& body) {
+  double wide[COUNT] = {};
+  for (int64_t start = 0; start < N; start += SPAN) {
+    Vec sums[COUNT][SUMS] = {};
+    for_columns<SUMS>(smaller(SPAN, N - start), [&](int64_t n, auto part, int k) FASTATTN_LAMBDA {
+      Vec own[COUNT];
+      for (int c = 0; c < COUNT; ++c) own[c] = sums[c][k];
+      body(start + n, part, own);
+      for (int c = 0; c < COUNT; ++c) sums[c][k] = own[c];
+    });
+    for (int c = 0; c < COUNT; ++c) wide[c] += total_of(sums[c]);
+  }
+  for (int c = 0; c < COUNT; ++c) totals[c] = (float)wide[c];
+}
+
+// Of one quantity: body(n, part, sum) adds to sum
+template <class Body>
+FASTATTN_INLINE float sum_columns(int64_t N, const Body& body) {
+  float total[1];
+  sum_columns(N, total, [&](int64_t n, auto part, Vec (&sums)[1]) FASTATTN_LAMBDA { body(n, part, sums[0]); });
+  return total[0];
 }
 
 // x rounded to T

@@ -18,13 +18,6 @@ FASTATTN_INLINE Vec exp2_fraction(Vec f) {
                     6.931472029e-1f, 1.f);
 }
 
-// 2^x; exactly 0 for -inf, inf for inf, NaN for NaN
-FASTATTN_INLINE Vec exp2(Vec x) {
-  x = max(broadcast(-200.f), min(broadcast(200.f), x));
-  const Vec n = round_even(x);
-  return scale_by_power(exp2_fraction(x - n), n);
-}
-
 // 2^x for x ≤ 0, as in a softmax: exactly 0 for -inf, NaN for NaN. COARSE: of a relative error of 1e-4, less than a
 // rounding to bf16. Without AVX-512, what is below 2^-126 is 0.
 template <bool COARSE>

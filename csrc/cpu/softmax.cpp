@@ -69,14 +69,12 @@ template <bool LOG, bool MASK, class T>
 void forward_row(T* y, const T* x, const uint8_t* mask, float* s, float scale_, int64_t N) {
   const Vec scale = broadcast(scale_);
   const Vec highest = broadcast(highest_score<MASK>(x, mask, s, scale, N));
-  Vec sums[SUMS] = {};
-  for_columns<SUMS>(N, [&](int64_t n, auto part, int k) FASTATTN_LAMBDA {
+  const float sum = sum_columns(N, [&](int64_t n, auto part, Vec& total) FASTATTN_LAMBDA {
     const Vec v = MASK ? load(s + n, part) : score<false>(x, nullptr, n, scale, part);
     const Vec e = exp_for(v - highest, T{});
     if (!LOG) store(s + n, e);
-    sums[k] += only(part, e);
+    total += only(part, e);
   });
-  const float sum = total_of(sums);
   const Vec log_sum = LOG ? log(broadcast(sum)) : Vec{}, by = broadcast(1.f / sum);
   // Where the row is not finite, what is hidden is so by its mask alone.
   const bool finite = sum - sum == 0.f;
@@ -121,19 +119,18 @@ FASTATTN_INLINE void load_gradient(
 
 template <bool LOG, bool MASK, class T>
 void backward_row(T* dx, const T* dy, const T* y, const uint8_t* mask, float scale, int64_t N) {
-  Vec sums[SUMS] = {};
-  for_columns<SUMS>(N, [&](int64_t n, auto part, int k) FASTATTN_LAMBDA {
+  const float sum = sum_columns(N, [&](int64_t n, auto part, Vec& total) FASTATTN_LAMBDA {
     if (LOG) {
       Vec g = load(dy + n, part);
       if (MASK) g = zero_unless(seen(mask, n, part), g);
-      sums[k] += g;
+      total += g;
     } else {
       Vec q, g;
       load_gradient<LOG, MASK>(y, dy, mask, n, part, q, g);
-      sums[k] = fma(g, q, sums[k]);
+      total = fma(g, q, total);
     }
   });
-  const Vec dot = broadcast(total_of(sums)), factor = broadcast(scale);
+  const Vec dot = broadcast(sum), factor = broadcast(scale);
   for_columns<4>(N, [&](int64_t n, auto part, int) FASTATTN_LAMBDA {
     Vec q, g;
     load_gradient<LOG, MASK>(y, dy, mask, n, part, q, g);

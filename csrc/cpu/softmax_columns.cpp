@@ -13,6 +13,13 @@ constexpr int WIDTH = 4;  // vectors
 FASTATTN_INLINE int size_of(All) { return LANES; }
 FASTATTN_INLINE int size_of(First part) { return part.n; }
 
+// call(first, last) for the elements of a line, as many at a time as a sum adds up before that is added to the others
+template <class Call>
+FASTATTN_INLINE void for_spans(int64_t N, const Call& call) {
+  constexpr int64_t SIZE = 1024;
+  for (int64_t first = 0; first < N; first += SIZE) call(first, smaller(first + SIZE, N));
+}
+
 // Which of n neighbouring lines see an entry
 FASTATTN_INLINE Int seen(const uint8_t* mask, int64_t step, int n) {
   return load_strided(mask, step, n) != broadcast(0.f);
@@ -34,7 +41,11 @@ FASTATTN_INLINE void forward_lines(const Softmax& p, Place place, Part part) {
   };
   Vec highest = broadcast(-INF), sum{};
   for (int64_t j = 0; j < p.N; ++j) highest = max(highest, score(j));
-  for (int64_t j = 0; j < p.N; ++j) sum += exp_for(score(j) - highest, T{});
+  for_spans(p.N, [&](int64_t first, int64_t last) FASTATTN_LAMBDA {
+    Vec own{};
+    for (int64_t j = first; j < last; ++j) own += exp_for(score(j) - highest, T{});
+    sum += own;
+  });
   const Vec log_sum = LOG ? log(sum) : Vec{}, by = broadcast(1.f) / sum;
   for (int64_t j = 0; j < p.N; ++j) {
     const Vec s = score(j) - highest;
@@ -62,7 +73,11 @@ FASTATTN_INLINE void backward_lines(const Softmax& p, Place place, Part part) {
     return MASK ? zero_unless(keep(j), v) : v;
   };
   Vec dot{};
-  for (int64_t j = 0; j < p.N; ++j) dot = LOG ? dot + gradient(j) : fma(gradient(j), probability(j), dot);
+  for_spans(p.N, [&](int64_t first, int64_t last) FASTATTN_LAMBDA {
+    Vec own{};
+    for (int64_t j = first; j < last; ++j) own = LOG ? own + gradient(j) : fma(gradient(j), probability(j), own);
+    dot += own;
+  });
   for (int64_t j = 0; j < p.N; ++j) {
     const Vec q = probability(j), g = gradient(j);
     Vec d = LOG ? g - q * dot : q * (g - dot);

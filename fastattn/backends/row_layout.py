@@ -39,20 +39,42 @@ class Lines(NamedTuple):
     steps: tuple[tuple[int, int, int, int], ...]  # of each tensor along R0, R1, M and N
 
     @property
+    def rows(self) -> tuple[int, int, int]:
+        return self.R0, self.R1, self.M
+
+    @property
+    def dims(self) -> int:
+        """How many of the three there are: with one, line i is m."""
+        return 3 if self.R0 != 1 else 2 if self.R1 != 1 else 1
+
+    @property
+    def along(self) -> tuple[int, ...]:
+        """Of each tensor, from one element of a line to the next."""
+        return tuple(steps[3] for steps in self.steps)
+
+    @property
+    def dense(self) -> tuple[int, int, int]:
+        """Steps along R0, R1 and M of a contiguous tensor that has these lines as its rows."""
+        return self.R1 * self.M * self.N, self.M * self.N, self.N
+
+    @property
     def side_by_side(self) -> bool:
         """Whether an element's neighbour in memory, in the first tensor, is in the next line."""
         *_, stride_m, stride_n = self.steps[0]
         return stride_m == 1 and stride_n != 1
 
 
-def lines_along(dim: int, tensors: Sequence[Tensor], own: int | None = None) -> Lines | None:
+def lines_along(dim: int, tensors: Sequence[Tensor], own: int | None = None, in_order: bool = False) -> Lines | None:
     """The other dimensions, merged where every tensor runs through them in one step; None: they make more than three.
 
-    They are taken in the order of the first tensor's strides; but M is the dimension `own`, if there is one, alone.
+    They are taken in the order of the first tensor's strides, or `in_order` in their own; but M is the dimension `own`,
+    if there is one, alone.
     """
     shape, strides = tensors[0].shape, [t.stride() for t in tensors]
     alone = {d % len(shape) for d in (dim, own) if d is not None}
-    order = sorted((d for d in range(len(shape)) if d not in alone), key=lambda d: strides[0][d], reverse=True)
+    order = [d for d in range(len(shape)) if d not in alone]
+    if not in_order:
+        order.sort(key=lambda d: strides[0][d], reverse=True)
     merged = merge_dimensions(order, shape, strides)
     if own is not None:
         merged.append((shape[own], tuple(s[own] for s in strides)))
@@ -64,13 +86,10 @@ def lines_along(dim: int, tensors: Sequence[Tensor], own: int | None = None) -> 
 
 
 class RowLayout(NamedTuple):
-    """Row i of each tensor begins at i0 · steps[0] + i1 · steps[1] + i2 · steps[2], i = (i0 · R1 + i1) · R2 + i2."""
+    """Row i of each tensor begins at i0 · steps[0] + i1 · steps[1] + m · steps[2], i = (i0 · R1 + i1) · M + m."""
 
-    tensors: tuple[Tensor, ...]
-    dims: int  # how many of the three there are: with one, i is i2
-    R1: int
-    R2: int
-    steps: tuple[tuple[int, int, int, int], ...]  # of each tensor, the last one along a row
+    tensors: tuple[Tensor, ...]  # (…, N)
+    lines: Lines
 
 
 def row_layout(tensors: Sequence[Tensor], n_dims: int) -> RowLayout:
@@ -81,11 +100,9 @@ def row_layout(tensors: Sequence[Tensor], n_dims: int) -> RowLayout:
     """
     lead = tensors[0].dim() - n_dims
     rows = tuple(t.flatten(lead) for t in tensors)
-    merged = merge_dimensions(range(lead), rows[0].shape, [t.stride() for t in rows])
-    if len(merged) > 3:
+    lines = lines_along(-1, rows, in_order=True)
+    if lines is None:
         rows = tuple(t.contiguous() for t in rows)
-        merged = merge_dimensions(range(lead), rows[0].shape, [t.stride() for t in rows])
-    dims = max(len(merged), 1)
-    (_, outer), (R1, middle), (R2, inner) = padded(merged, 3, len(rows))
-    steps = tuple((*step, t.stride(-1)) for step, t in zip(zip(outer, middle, inner, strict=True), rows, strict=True))
-    return RowLayout(rows, dims, R1, R2, steps)
+        lines = lines_along(-1, rows, in_order=True)
+        assert lines is not None  # contiguous tensors have one dimension of rows
+    return RowLayout(rows, lines)

@@ -13,8 +13,6 @@ from fastattn.spec import AttentionSpec, Spec, Work
 NAME = "cpu"
 COMPOSITE = False
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
 attention_forward, attention_backward = attention.attention_forward, attention.attention_backward
 attention_tangents = attention_jvp.attention_tangents
 norm_forward, norm_backward = rows.norm_forward, rows.norm_backward
@@ -39,8 +37,8 @@ available._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def unsupported(spec: Spec, device: torch.device) -> str | None:
-    if spec.dtype not in _DTYPES:
-        return f"dtype {_name(spec.dtype)} (it has float16, bfloat16 and float32)"
+    if spec.dtype not in module.DTYPES:
+        return module.other_dtype(spec.dtype)
     if isinstance(spec, AttentionSpec):
         return attention.unsupported(spec)
     return rows.unsupported(spec)
@@ -48,10 +46,6 @@ def unsupported(spec: Spec, device: torch.device) -> str | None:
 
 def only_on_request(spec: Spec, device: torch.device, work: Work | None) -> str | None:
     return routing.faster_in_torch(spec, work)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def describe(spec: Spec, device: torch.device) -> str:

@@ -8,13 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, get_num_threads
 
-from fastattn.backends.cpu.layout import Address, dense, ready, vector
+from fastattn.backends.cpu.layout import Address, address, dense, ready, vector
 from fastattn.backends.cpu.module import load
 from fastattn.spec import CrossEntropySpec, LinearCrossEntropySpec
 
 REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
 CHUNK_BYTES = 64 << 20  # of logits that linear_cross_entropy holds at once, or half of weight's if that is more
-_NO_ROWS = (1, 1, 1)
 
 
 def _options(spec: CrossEntropySpec) -> tuple[int, float, float, float]:
@@ -54,7 +53,7 @@ def _rows(tensors: Sequence[Tensor], V: int) -> tuple[Sequence[Tensor], tuple[in
         at = [dense(t, V) for t in tensors]
         return tensors, (1, 1, tensors[0].numel() // V), at  # type: ignore[return-value]
     tensors, found = ready(tensors)
-    return tensors, found.sizes, [found.address(i, t) for i, t in enumerate(tensors)]
+    return tensors, found.rows, [address(found, i, t) for i, t in enumerate(tensors)]
 
 
 def cross_entropy_forward(
@@ -162,7 +161,7 @@ def scale(out: Tensor, factor: Tensor, x: Tensor) -> None:
         sizes, at, to, used = (1, 1, x.numel() // N), dense(x, N), dense(out, N), out
     else:
         (x, used), found = ready((x, out))
-        sizes, N, at, to = found.sizes, found.N, found.address(0, x), found.address(1, used)
+        sizes, N, at, to = found.rows, found.N, address(found, 0, x), address(found, 1, used)
     load().scale_rows(sizes, N, to, at, vector(factor), int(not single), get_num_threads())
     if used.data_ptr() != out.data_ptr():
         out.copy_(used.view(out.shape))

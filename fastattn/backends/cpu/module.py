@@ -15,6 +15,11 @@ from fastattn import native
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType of csrc/cpu/numeric.h
 
 
+def other_dtype(dtype: torch.dtype) -> str:
+    """Why a tensor of one that is not among DTYPES is not computed with."""
+    return f"dtype {str(dtype).removeprefix('torch.')} (it has float16, bfloat16 and float32)"
+
+
 @functools.cache
 def load() -> ModuleType:
     """The module; FASTATTN_CPU_MODULE names the file of another build of it, as one with sanitizers."""

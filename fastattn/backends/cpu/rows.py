@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, get_num_threads
 
-from fastattn.backends.cpu.layout import Lines, dense, lines, ready, vector, written
-from fastattn.backends.cpu.module import DTYPES, load
-from fastattn.backends.row_layout import merge_dimensions
+from fastattn.backends.cpu.layout import address, dense, ready, vector, written
+from fastattn.backends.cpu.module import DTYPES, load, other_dtype
+from fastattn.backends.row_layout import Lines, lines_along, merge_dimensions, padded
 from fastattn.spec import (
     CrossEntropySpec,
     DropoutAddSpec,
@@ -22,14 +22,27 @@ from fastattn.spec import (
     Spec,
 )
 
+_FP32 = torch.finfo(torch.float32)
+_SMALLEST, _LARGEST = _FP32.smallest_normal * _FP32.eps, _FP32.max  # what is not 0 in fp32, nor inf
+_NUMBERS: dict[type[Spec], tuple[str, ...]] = {
+    NormSpec: ("eps", "weight_offset"),
+    SoftmaxSpec: ("scale",),
+    CrossEntropySpec: ("label_smoothing", "z_loss", "softcap"),
+}
+
 
 def unsupported(spec: Spec) -> str | None:
     """Why the row kernels do not compute `spec`, whose own dtype is one of theirs."""
+    for argument in _NUMBERS.get(type(spec), ()):
+        value = getattr(spec, argument)
+        if value and not _SMALLEST <= abs(value) <= _LARGEST:
+            becomes = "0" if abs(value) < 1.0 else "inf"
+            return f"{argument} of {value} (its kernels hold it in float32, where that is {becomes})"
     if isinstance(spec, NormSpec):
         named = (("weight", spec.weight_dtype), ("bias", spec.bias_dtype), ("residual", spec.residual_dtype))
         for argument, dtype in named:
             if dtype is not None and dtype not in DTYPES:
-                return f"{argument} of dtype {_name(dtype)} (it has float16, bfloat16 and float32)"
+                return f"{argument} of {other_dtype(dtype)}"
     if isinstance(spec, LinearCrossEntropySpec):
         return unsupported(spec.loss)
     if isinstance(spec, CrossEntropySpec):
@@ -37,12 +50,8 @@ def unsupported(spec: Spec) -> str | None:
             return f"a gradient of {spec.differentiates} (its kernels have that of the logits)"
         for argument, dtype in (("target", spec.target_dtype), ("weight", spec.weight_dtype)):
             if dtype is not None and dtype.is_floating_point and dtype not in DTYPES:
-                return f"{argument} of dtype {_name(dtype)} (it has float16, bfloat16 and float32)"
+                return f"{argument} of {other_dtype(dtype)}"
     return None
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def norm_forward(
@@ -70,7 +79,7 @@ def norm_forward(
         y_at, h_at = dense(y, N), dense(h, N)
     else:
         (x, *rest), found = ready((x,) if residual is None else (x, residual), spec.n_dims)
-        sizes, x_at, residual_at = found.sizes, found.address(0, x), found.address(1, rest[0]) if rest else None
+        sizes, x_at, residual_at = found.rows, address(found, 0, x), address(found, 1, rest[0]) if rest else None
         y_at, h_at = written(found, y), written(found, h)
     load().norm_forward(
         sizes, N, y_at, h_at, stats.data_ptr(), x_at, vector(weight), vector(bias), residual_at, spec.eps,
@@ -115,8 +124,8 @@ def norm_backward(
         dx_at, dresidual_at = dense(dx, N), dense(dresidual, N)
     else:
         (dy, base, *rest), found = ready((dy, base) if dh is None else (dy, base, dh), spec.n_dims)
-        sizes, dy_at, base_at = found.sizes, found.address(0, dy), found.address(1, base)
-        dh_at = found.address(2, rest[0]) if rest else None
+        sizes, dy_at, base_at = found.rows, address(found, 0, dy), address(found, 1, base)
+        dh_at = address(found, 2, rest[0]) if rest else None
         dx_at, dresidual_at = (None if t is None else written(found, t) for t in (dx, dresidual))
     load().norm_backward(
         sizes, N, dx_at, vector(dweight), vector(dbias), dresidual_at, dy_at, dh_at, base_at, vector(weight),
@@ -157,10 +166,10 @@ def softmax_forward(y: Tensor, x: Tensor, mask: Tensor | None, spec: SoftmaxSpec
     out, x = torch.atleast_1d(y, x)
     tensors = (out, x) if mask is None else (out, x, mask.expand(x.shape))
     found, columns, (out, *inputs) = _softmax_lines(tensors, 2, spec)
-    x_at, mask_at = (*(found.address(i + 1, t) for i, t in enumerate(inputs)), None)[:2]
+    x_at, mask_at = (*(address(found, i + 1, t) for i, t in enumerate(inputs)), None)[:2]
     load().softmax_forward(
-        (*found.sizes, found.N), found.address(0, out), x_at, mask_at, (*found.along, 0)[:3], columns,
-        spec.scale, spec.log, spec.causal, spec.shift(found.sizes[2], found.N) if spec.causal else 0, get_num_threads(),
+        (*found.rows, found.N), address(found, 0, out), x_at, mask_at, (*found.along, 0)[:3], columns,
+        spec.scale, spec.log, spec.causal, spec.shift(found.M, found.N) if spec.causal else 0, get_num_threads(),
     )  # fmt: skip
     if out.data_ptr() != y.data_ptr():
         y.copy_(out.view(y.shape))
@@ -183,10 +192,10 @@ def softmax_backward(dx: Tensor | None, dy: Tensor | None, y: Tensor, mask: Tens
     out, dy, y = torch.atleast_1d(dx, dy, y)
     tensors = (out, dy, y) if mask is None else (out, dy, y, mask.expand(y.shape))
     found, columns, (out, *inputs) = _softmax_lines(tensors, 3, spec)
-    dy_at, y_at, mask_at = (*(found.address(i + 1, t) for i, t in enumerate(inputs)), None)[:3]
+    dy_at, y_at, mask_at = (*(address(found, i + 1, t) for i, t in enumerate(inputs)), None)[:3]
     load().softmax_backward(
-        (*found.sizes, found.N), found.address(0, out), dy_at, y_at, mask_at, (*found.along, 0)[:4], columns,
-        spec.scale, spec.log, spec.causal, spec.shift(found.sizes[2], found.N) if spec.causal else 0, get_num_threads(),
+        (*found.rows, found.N), address(found, 0, out), dy_at, y_at, mask_at, (*found.along, 0)[:4], columns,
+        spec.scale, spec.log, spec.causal, spec.shift(found.M, found.N) if spec.causal else 0, get_num_threads(),
     )  # fmt: skip
     if out.data_ptr() != dx.data_ptr():
         dx.copy_(out.view(dx.shape))
@@ -196,14 +205,14 @@ def _softmax_lines(tensors: tuple[Tensor, ...], n: int, spec: SoftmaxSpec) -> tu
     """Of n tensors and perhaps a mask: lines of contiguous elements; or, True, of neighbours side by side. Tensors that
     have neither are copied, the first of them, which is the result, too."""
     own = -2 if spec.causal else None
-    found = lines(tensors, spec.dim, own)
+    found = lines_along(spec.dim, tensors, own)
     if found is not None:
         if found.N == 1 or (all(step == 1 for step in found.along[:n]) and all(s in (0, 1) for s in found.along[n:])):
             return found, False, tensors
         if not spec.causal and all(steps[2] == 1 for steps in found.steps[:n]):
             return found, True, tensors
     copies = [t.movedim(spec.dim, -1).contiguous() for t in tensors]
-    found = lines(copies, -1, own)
+    found = lines_along(-1, copies, own)
     assert found is not None  # contiguous tensors have one dimension of rows, or two
     return found, False, (copies[0].movedim(-1, spec.dim), *copies[1:])
 
@@ -224,8 +233,7 @@ def _pieces(
     permuted = [t.permute(order) for t in present]
     folded = merge_dimensions(range(first.dim()), permuted[0].shape, [t.stride() for t in permuted])
     if 1 <= len(folded) <= 4 and all(step == 1 for step in folded[-1][1]):
-        folded = [(1, (0,) * len(present))] * (4 - len(folded)) + folded
-        sizes, steps = zip(*folded, strict=True)
+        sizes, steps = zip(*padded(folded, 4, len(present)), strict=True)
         at = iter((t.data_ptr(), *(step[i] for step in steps[:3]), DTYPES[t.dtype]) for i, t in enumerate(present))
         return sizes[:3], sizes[3], [None if t is None else next(at) for t in tensors], tensors
     copies = tuple(t if t is None else t.contiguous() for t in tensors)
@@ -330,7 +338,7 @@ def drop_and_add(y: Tensor, residual: Tensor | None, x: Tensor, seed: Tensor, dr
             get_num_threads(),
         )  # fmt: skip
         return
-    found = lines(tensors, -1, in_order=True)
+    found = lines_along(-1, tensors, in_order=True)
     if found is None or (found.N > 1 and any(step != 1 for step in found.along)):
         # y itself may be residual, whose memory is then kept.
         dense_y = torch.empty_like(y, memory_format=torch.contiguous_format)
@@ -338,8 +346,8 @@ def drop_and_add(y: Tensor, residual: Tensor | None, x: Tensor, seed: Tensor, dr
         drop_and_add(dense_y, residual, x.contiguous(), seed, dropout_p)
         y.copy_(dense_y)
         return
-    residual_at = None if residual is None else found.address(2, residual)
+    residual_at = None if residual is None else address(found, 2, residual)
     load().dropout_add(
-        found.sizes, found.N, found.address(0, y), residual_at, found.address(1, x), seed.data_ptr(), dropout_p,
+        found.rows, found.N, address(found, 0, y), residual_at, address(found, 1, x), seed.data_ptr(), dropout_p,
         get_num_threads(),
     )  # fmt: skip

@@ -57,14 +57,13 @@ def norm_forward(
         return
     N = x.numel() // M
     inputs = [_compact(t, spec.n_dims) for t in (x, residual) if t is not None]
-    rows = row_layout(inputs, spec.n_dims)  # type: ignore[arg-type]
-    dense = (rows.R1 * rows.R2 * N, rows.R2 * N, N)
-    x, *rest = rows.tensors
+    (x, *rest), lines = row_layout(inputs, spec.n_dims)  # type: ignore[arg-type]
     with torch.cuda.device_of(y):
         load(y.device).norm_forward(
-            y=_rows(y, dense), h=_rows(h, dense) if rest else None, stats=stats.data_ptr(), x=_rows(x, rows.steps[0]),
-            weight=_vector(weight), bias=_vector(bias), residual=_rows(rest[0], rows.steps[1]) if rest else None,
-            M=M, N=N, R1=rows.R1, R2=rows.R2, rms=spec.rms, eps=spec.eps, weight_offset=spec.weight_offset,
+            y=_rows(y, lines.dense), h=_rows(h, lines.dense) if rest else None, stats=stats.data_ptr(),
+            x=_rows(x, lines.steps[0]), weight=_vector(weight), bias=_vector(bias),
+            residual=_rows(rest[0], lines.steps[1]) if rest else None,
+            M=M, N=N, R1=lines.R1, R2=lines.M, rms=spec.rms, eps=spec.eps, weight_offset=spec.weight_offset,
             stream=stream_of(y),
         )  # fmt: skip
 
@@ -95,20 +94,18 @@ def norm_backward(
         return
     M, N = stats.shape[1], h.numel() // stats.shape[1]
     inputs = [_compact(t, spec.n_dims) for t in (dy, h, dh) if t is not None]
-    rows = row_layout(inputs, spec.n_dims)  # type: ignore[arg-type]
-    dense = (rows.R1 * rows.R2 * N, rows.R2 * N, N)
+    (dy, h, *rest), lines = row_layout(inputs, spec.n_dims)  # type: ignore[arg-type]
     cuda = load(h.device)
     with torch.cuda.device_of(h):
         P = cuda.norm_backward_parts(M=M, N=N, x_dtype=_CODES[spec.dtype], h_dtype=_CODES[h.dtype])
         parts = [None if t is None else h.new_empty(P, N, dtype=torch.float32) for t in sums]
-        dy, h, *rest = rows.tensors
         cuda.norm_backward(
-            dx=_rows(dx, dense), dweight=_vector(dweight), dbias=_vector(dbias),
-            dresidual=None if dresidual is dx else _rows(dresidual, dense),
+            dx=_rows(dx, lines.dense), dweight=_vector(dweight), dbias=_vector(dbias),
+            dresidual=None if dresidual is dx else _rows(dresidual, lines.dense),
             dweight_parts=_address(parts[0]), dbias_parts=_address(parts[1]),
-            dy=_rows(dy, rows.steps[0]), dh=_rows(rest[0], rows.steps[2]) if rest else None, h=_rows(h, rows.steps[1]),
-            weight=_vector(weight), stats=stats.data_ptr(), x_dtype=_CODES[spec.dtype],
-            M=M, N=N, R1=rows.R1, R2=rows.R2, rms=spec.rms, weight_offset=spec.weight_offset, stream=stream_of(h),
+            dy=_rows(dy, lines.steps[0]), h=_rows(h, lines.steps[1]), weight=_vector(weight),
+            dh=_rows(rest[0], lines.steps[2]) if rest else None, stats=stats.data_ptr(), x_dtype=_CODES[spec.dtype],
+            M=M, N=N, R1=lines.R1, R2=lines.M, rms=spec.rms, weight_offset=spec.weight_offset, stream=stream_of(h),
         )  # fmt: skip
 
 

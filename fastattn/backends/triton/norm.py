@@ -348,8 +348,7 @@ _NO_STEPS = (0, 0, 0, 0)
 
 def _config(tiles: int, N: int, rows: RowLayout) -> RowConfig:
     """For rows of N elements, the first of the tensors that are read being the one to go by."""
-    *_, stride_m, stride_n = rows.steps[0]
-    return row_config(N, tiles, arch_of(rows.tensors[0].device), contiguous_rows=stride_m == 1 and stride_n != 1)
+    return row_config(N, tiles, arch_of(rows.tensors[0].device), contiguous_rows=rows.lines.side_by_side)
 
 
 def launch_forward(
@@ -374,9 +373,9 @@ def launch_forward(
     config = _config(FORWARD_TILES + _more_tiles(residual is not None, seed is not None), N, rows)
     _forward_kernel[(triton.cdiv(M, config.rows_per_program),)](
         y, h, stats, x, weight, bias, rest[0] if rest else None, seed,
-        spec.eps, *dropout_arguments(spec.dropout_p), M, N, rows.R1, rows.R2,
-        *rows.steps[0], *(rows.steps[1] if rest else _NO_STEPS),
-        DIMS=rows.dims, RMS=spec.rms, OFFSET=spec.weight_offset,
+        spec.eps, *dropout_arguments(spec.dropout_p), M, N, rows.lines.R1, rows.lines.M,
+        *rows.lines.steps[0], *(rows.lines.steps[1] if rest else _NO_STEPS),
+        DIMS=rows.lines.dims, RMS=spec.rms, OFFSET=spec.weight_offset,
         BLOCK_M=config.rows_per_program, BLOCK_N=config.BLOCK_N, ONE_TILE=N <= config.BLOCK_N,
         num_warps=config.num_warps,
     )  # fmt: skip
@@ -448,9 +447,9 @@ def _launch_dx(
     programs = triton.cdiv(M, config.rows_per_program) if parts is None else parts.shape[0]
     _dx_kernel[(programs,)](
         dx, dresidual, dweight_parts, dbias_parts, dy, rest[0] if rest else None, base, weight, bias, stats, seed,
-        *dropout_arguments(spec.dropout_p), M, N, rows.R1, rows.R2,
-        *rows.steps[0], *(rows.steps[2] if rest else _NO_STEPS), *rows.steps[1],
-        DIMS=rows.dims, RMS=spec.rms, OFFSET=spec.weight_offset, FROM_Y=spec.memory_efficient,
+        *dropout_arguments(spec.dropout_p), M, N, rows.lines.R1, rows.lines.M,
+        *rows.lines.steps[0], *(rows.lines.steps[2] if rest else _NO_STEPS), *rows.lines.steps[1],
+        DIMS=rows.lines.dims, RMS=spec.rms, OFFSET=spec.weight_offset, FROM_Y=spec.memory_efficient,
         BLOCK_M=config.rows_per_program, BLOCK_N=config.BLOCK_N, ONE_TILE=N <= config.BLOCK_N,
         STAGES=1 if parts is None else config.num_stages, num_warps=config.num_warps,
     )  # fmt: skip
@@ -467,9 +466,9 @@ def _column_parts(
     P = _programs(M, config, base.device, columns)
     parts = _new_parts(dweight, dbias, P)
     _column_kernel[(columns, P)](
-        *parts, dy, base, weight, bias, stats, M, N, rows.R1, rows.R2,
-        *rows.steps[0], *rows.steps[1],
-        DIMS=rows.dims, RMS=spec.rms, OFFSET=spec.weight_offset, FROM_Y=spec.memory_efficient,
+        *parts, dy, base, weight, bias, stats, M, N, rows.lines.R1, rows.lines.M,
+        *rows.lines.steps[0], *rows.lines.steps[1],
+        DIMS=rows.lines.dims, RMS=spec.rms, OFFSET=spec.weight_offset, FROM_Y=spec.memory_efficient,
         BLOCK_M=config.rows_per_program, BLOCK_N=config.BLOCK_N, STAGES=config.num_stages, num_warps=config.num_warps,
     )  # fmt: skip
     return parts

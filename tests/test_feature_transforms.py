@@ -169,7 +169,7 @@ def test_selective_checkpointing_saves_what_it_must(device):
 
 
 @EVERY_FEATURE
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
 def test_autocast(feature, dtype, device):
     """q, k and v are cast as torch casts them for its own function; what acts on the scores stays in float32."""
     inputs = leaves(device)

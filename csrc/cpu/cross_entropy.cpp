@@ -76,9 +76,7 @@ Statistics statistics(S s, int64_t V) {
   };
   const auto add = [&](Vec x, int k) FASTATTN_LAMBDA { sums[k] += exp2_below((x - offset) * broadcast(LOG2_E)); };
   int64_t n = 0;
-  while (n + 4 * LANES <= V) {
-    total += total_of(sums);
-    for (Vec& sum : sums) sum = Vec{};
+  while (true) {
     const int64_t end = smaller(V, n + SPAN);
     for (; n + 4 * LANES <= end; n += 4 * LANES) {
       const Vec x[4] = {load(s + n), load(s + n + LANES), load(s + n + 2 * LANES), load(s + n + 3 * LANES)};
@@ -87,13 +85,17 @@ Statistics statistics(S s, int64_t V) {
 #pragma GCC unroll 4
       for (int k = 0; k < 4; ++k) add(x[k], k);
     }
+    if (n + 4 * LANES > V) break;
+    total += total_of(sums);
+    for (Vec& sum : sums) sum = Vec{};
   }
   for (; n < V; n += LANES) {
     const Vec x = n + LANES <= V ? load(s + n) : only(First{int(V - n)}, load(s + n, int(V - n)), -INF);
     if (any(x > limit)) raise(x);
     add(x, 0);
   }
-  return {highest, log(broadcast((float)(total + total_of(sums))))[0]};
+  const float sum = V <= SPAN ? total_of(sums) : (float)(total + total_of(sums));
+  return {highest, log(broadcast(sum))[0]};
 }
 
 // Σ log p, or with Q Σ q log p

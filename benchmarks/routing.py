@@ -30,7 +30,7 @@ ROUNDS, SECONDS = 15, 0.004
 
 def calls(op: str, amount: int, dtype: torch.dtype, gradient: bool) -> Callable[[str], Callable[[], Any]]:
     """backend -> a call of `amount` elements, or multiply-adds of q kᵀ; a step where a gradient is wanted."""
-    N = 64
+    N = 256
     x = torch.randn(max(amount // N, 1), N, dtype=dtype, requires_grad=gradient)
     if op == "attention":
         S = max(round((amount / (4 * 32)) ** 0.5), 1)

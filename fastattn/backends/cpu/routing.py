@@ -24,12 +24,11 @@ class Limits(NamedTuple):
 
 
 SMALL = {
-    "attention": Limits(131_072, 524_288, 4096, 4096),
-    "layer_norm": Limits(16_384, 65_536, 16_384, 32_768),
-    "softmax": Limits(4096, 65_536, 4096, 32_768),
+    "attention": Limits(131_072, 524_288, 4096, 16_384),
+    "layer_norm": Limits(32_768, 131_072, 16_384, 65_536),
+    "softmax": Limits(16_384, 131_072, 16_384, 65_536),
     "swiglu": Limits(0, 16_384, 0, 0),
-    "geglu": Limits(0, 16_384, 0, 0),
-    "cross_entropy": Limits(4096, 16_384, 4096, 4096),
+    "cross_entropy": Limits(4096, 16_384, 4096, 16_384),
 }
 
 
@@ -48,7 +47,7 @@ def faster_in_torch(spec: Spec, work: Work | None) -> str | None:
 
 
 def _is_one_operation(spec: Spec) -> bool:
-    """Whether `eager` computes it by one operation of torch, which is quick to call; for a gated activation, by two."""
+    """Whether `eager` computes it by one operation of torch, which is quick to call; swiglu by two."""
     if isinstance(spec, AttentionSpec):
         return spec.plain and spec.scale > 0.0
     if isinstance(spec, NormSpec):
@@ -58,4 +57,4 @@ def _is_one_operation(spec: Spec) -> bool:
         return not (spec.mask or spec.causal or spec.inplace) and spec.scale == 1.0
     if isinstance(spec, CrossEntropySpec):
         return not (spec.probabilities or spec.z_loss or spec.softcap or spec.inplace)
-    return isinstance(spec, GatedSpec)
+    return isinstance(spec, GatedSpec) and spec.op in SMALL

@@ -66,6 +66,7 @@ struct AttentionGradients {
   const float* dlse = nullptr;  // gradient of lse; nullptr: 0
   int64_t dlse_b = 0, dlse_h = 0, dlse_m = 0;
   float* dbias = nullptr;  // contiguous, of sizes dbias_sizes, each 1 where the bias broadcasts
+  bool dbias_is_ds = false;  // it does not broadcast, nor is there a softcap: an entry is one ds, written where that is found
   int64_t dbias_sizes[4] = {1, 1, 1, 1};
   float* dslopes = nullptr;  // (B, H)
   float* dsinks = nullptr;   // (H,)

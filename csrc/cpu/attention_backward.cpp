@@ -100,6 +100,21 @@ void add_non_finite(const T* const* d_o, int64_t stride, int D_v, const Tile& t,
     }
 }
 
+// ds (n, width) -> dbias (B, H, S_q, S_k), keys n_0 …
+void write_bias_gradient(const AttentionParams& p, const Tile& t, int b, int n_0, int n, const float* ds, float* dbias) {
+  for (int j = 0; j * LANES < t.n; ++j)
+    for (int i = 0; i < n; i += LANES) {
+      Int block[LANES];
+#pragma GCC unroll 16
+      for (int k = 0; k < LANES; ++k) block[k] = as_int(load(ds + smaller(i + k, n - 1) * t.width + j * LANES));
+      transpose(block);
+      for (int l = 0; l < smaller(LANES, t.n - j * LANES); ++l) {
+        const int64_t row = (int64_t(b) * p.H + t.head[j * LANES + l]) * p.rows_q + t.row[j * LANES + l];
+        store_strided(dbias + row * p.rows_k + n_0 + i, 1, as_float(block[l]), smaller(LANES, n - i));
+      }
+    }
+}
+
 template <class T>
 void visit(const AttentionParams& p, const AttentionGradients& g, const RowSums& sums, const BackwardTask& task,
            const Window& window, const Tile& t, int n_lo, int n_hi, const T* const* k_rows, Operand k, Operand v,
@@ -129,6 +144,8 @@ void visit(const AttentionParams& p, const AttentionGradients& g, const RowSums&
     }
     w.tile.template compute<T>(p, sequence, window, score, t, task.b, n_0, n, what, k.from_row(n_0 - n_lo),
                       v.from_row(n_0 - n_lo), w.q, w.d_o, true, dslope != nullptr);
+
+    if (g.dbias_is_ds) write_bias_gradient(p, t, task.b, n_0, n, w.tile.dp, g.dbias);
 
     const int32_t *ks = w.ks.as_is, *qs = w.qs.as_is, *d_os = w.d_os.as_is;
     if (what == Seen::part) {

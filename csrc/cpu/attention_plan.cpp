@@ -171,10 +171,14 @@ void attention_backward(const AttentionParams& forward, const AttentionGradients
   const Scratch dslope = floats(g.dslopes, plan.most_key_groups * tiles * BLOCK_M);
   const auto at = [](const Scratch& s) { return reinterpret_cast<float*>(s.data()); };
   const RowSums sums{at(lse), at(delta), at(dq), at(dslope), at(dk), at(dv)};
-  FASTATTN_CALL(run_backward(p, g, plan, sums, threads));
+  AttentionGradients given = g;
+  const int64_t full[4] = {p.B, p.H, p.rows_q, p.rows_k};
+  given.dbias_is_ds = g.dbias != nullptr && !p.packed && p.softcap == 0.f && std::equal(full, full + 4, g.dbias_sizes);
+  if (given.dbias_is_ds) std::fill_n(g.dbias, p.B * p.H * p.rows_q * p.rows_k, 0.f);  // what no row sees
+  FASTATTN_CALL(run_backward(p, given, plan, sums, threads));
   if (g.dslopes != nullptr) sum_slopes(p, plan, sums.dslope, g.dslopes);
   if (g.dsinks != nullptr) sum_sinks(p, sums, g.dsinks);
-  if (g.dbias != nullptr) FASTATTN_CALL(run_bias_gradient(p, g, sums, threads));
+  if (g.dbias != nullptr && !given.dbias_is_ds) FASTATTN_CALL(run_bias_gradient(p, g, sums, threads));
 }
 
 }  // namespace fastattn

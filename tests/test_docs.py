@@ -10,6 +10,9 @@ from pathlib import Path
 import cases
 import pytest
 
+from benchmarks import figures
+from benchmarks.results import read_json
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 LINK = re.compile(r"\[[^\]]*\]\((?!\w+:)([^)#\s]*)#?([^)\s]*)\)")
@@ -49,6 +52,12 @@ def broken(page: Path, text: str) -> list[str]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links(page: Path):
     assert broken(page, page.read_text()) == []
+
+
+def test_the_tables_are_those_of_the_results():
+    results = read_json(ROOT / "benchmarks" / "results" / "cpu" / "results.json")
+    page = (ROOT / "docs" / "cpu.md").read_text()
+    assert [table for table in figures.tables(results) if table not in page] == []
 
 
 @pytest.mark.parametrize(

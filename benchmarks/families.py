@@ -98,7 +98,7 @@ def decode(gpu: bool) -> Iterator[Workload]:
         problem = AttentionProblem(B, H, 1, S_k, D, True, H_kv)
         name = f"B{B} H{H}/{H_kv} S{S_k} D{D}"
         for dtype in dtypes(gpu):
-            quick = S_k == 8192 if gpu else B == 4 and dtype == F32
+            quick = S_k == 8192 if gpu else (B, H_kv, dtype) == (4, 2, F32)
             yield Workload("decode", name, problem, dtype, "forward", f"B{B}", S_k, quick)
 
 
@@ -111,7 +111,9 @@ def norms(gpu: bool) -> Iterator[Workload]:
     for kind, residual, (rows, N) in product(("layer_norm", "rms_norm"), (False, True), shapes):
         problem = NormProblem(kind, rows, N, residual)
         family = f"{kind} + residual" if residual else kind
-        yield from rows_of(family, problem, rows, N, gpu, quick=N in (1024, 4096) if gpu else N == 1024)
+        yield from rows_of(
+            family, problem, rows, N, gpu, quick=N in (1024, 4096) if gpu else N == 1024 and not residual
+        )
 
 
 def softmaxes(gpu: bool) -> Iterator[Workload]:
@@ -154,7 +156,8 @@ def elementwise(gpu: bool) -> Iterator[Workload]:
         yield from rows_of("rotary_embedding", rotary, B * H * S, D, gpu, quick=S == 1024)
     rows, widths = (8192, (4096, 14_336)) if gpu else (1024, (1024,))
     for kind, N in product(("swiglu", "geglu"), widths):
-        yield from rows_of(kind, GatedProblem(kind, rows, N), rows, N, gpu, quick=N in (4096, 1024))
+        quick = N == 4096 if gpu else kind == "swiglu"
+        yield from rows_of(kind, GatedProblem(kind, rows, N), rows, N, gpu, quick)
 
 
 def models(gpu: bool) -> Iterator[Workload]:

@@ -59,7 +59,7 @@ def run(argv: Sequence[str]) -> int:
     device = torch.device(args.device)
     known = families.workloads(device, args.quick)
     chosen = families.select(known, args.family)
-    providers = choose(args.vs, discover())
+    providers = choose(args.vs, discover(), args.quick)
     if args.out:
         make_folder(args.out)
     results, interrupted = measure_all(device, chosen, providers, args, argv)

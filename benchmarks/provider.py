@@ -44,12 +44,14 @@ class Provider:
     """One way to compute some problems.
 
     `ops` maps a problem's op to what makes a call of it. `available` and `limits` return None for yes, or the reason.
+    `slow_to_make`: `--quick` leaves it out unless it is named.
     """
 
     name: str
     ops: Mapping[str, Callable]  # op -> Make
     available: Callable[[torch.device], str | None] = field(default=lambda device: None)
     limits: Callable[[Workload, torch.device], str | None] = field(default=lambda workload, device: None)
+    slow_to_make: bool = False
 
     def make(self, workload: Workload, tensors: Tensors) -> Call:
         return self.ops[workload.problem.op](workload.problem, tensors)
@@ -95,11 +97,12 @@ def discover() -> list[Provider]:
     return sorted(found, key=lambda provider: not provider.name.startswith("fastattn"))
 
 
-def choose(wanted: Sequence[str], known: Sequence[Provider]) -> list[Provider]:
+def choose(wanted: Sequence[str], known: Sequence[Provider], quick: bool = False) -> list[Provider]:
     """Those called, or of a group (before the slash) called, as in `wanted`; all of them if it is empty."""
     for name in wanted:
         if not any(name in (p.name, p.name.split("/")[0]) for p in known):
             raise ArgumentError(f"`--vs` has {name!r}; the providers are {', '.join(p.name for p in known)}.")
+    known = [p for p in known if p.name in wanted or not (quick and p.slow_to_make)]
     ours = [p for p in known if p.name.startswith("fastattn")]
     chosen = [p for p in known if p.name in wanted or p.name.split("/")[0] in wanted]
     return [*ours, *(p for p in chosen if p not in ours)] if wanted else list(known)

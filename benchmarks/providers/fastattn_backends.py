@@ -116,5 +116,6 @@ PROVIDERS = [
         "fastattn/nn compiled",
         {"transformer_layer": compiled_model, "train_step": compiled_model},
         no_compiler,
+        slow_to_make=True,
     ),
 ]

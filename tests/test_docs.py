@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks import figures
 from benchmarks.results import read_json
+from benchmarks.summary import standings
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("**/*.md"))]
@@ -58,6 +59,8 @@ def test_the_tables_are_those_of_the_results():
     results = read_json(ROOT / "benchmarks" / "results" / "cpu" / "results.json")
     page = (ROOT / "docs" / "cpu.md").read_text()
     assert [table for table in figures.tables(results) if table not in page] == []
+    avx2 = standings(read_json(ROOT / "benchmarks" / "results" / "cpu-avx2" / "results.json"))
+    assert f"in {sum(s.won for s in avx2)} of {sum(s.count for s in avx2)} workloads" in page
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,12 @@
 namespace fastattn {
 namespace {
 
-constexpr int FEW_TILES = 64;       // fewer tiles of queries than this are cut along the keys too
-constexpr int SHORTEST_PART = 512;  // keys
+constexpr int FEW_TILES = 64;        // fewer tiles of queries than this are cut along the keys too
+constexpr int SHORTEST_PART = 512;   // keys
 constexpr int64_t THREAD = 1 << 18;   // multiply-adds that are worth another thread
-constexpr int FEW_TASKS = 32;       // fewer key heads than this are cut along keys and queries in the backward
-constexpr int MOST_KEY_GROUPS = 8;  // each holds a dq in fp32
-constexpr int FEWEST_KEYS = 256;    // of a group
+constexpr int FEW_TASKS = 32;        // fewer key heads than this are cut along keys and queries in the backward
+constexpr int MOST_KEY_GROUPS = 8;   // each holds a dq in fp32
+constexpr int FEWEST_KEYS = 256;     // of a group
 constexpr int FEWEST_TILES = 8;
 
 int64_t tiles_of(const AttentionParams& p) {
@@ -128,10 +128,6 @@ void sum_sinks(const AttentionParams& p, const RowSums& sums, float* dsinks) {
     dsinks[h] = float(sum);
   }
 }
-
-}  // namespace
-
-namespace {
 
 // The lse of rows that are few was summed in another order than the backward will, by which it computes probabilities:
 // of large scores the difference would not be small. It is summed again, as that of other rows: without values.

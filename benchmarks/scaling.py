@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from benchmarks.results import Results, Row, read_json
-from benchmarks.summary import fastest, geometric_mean
+from benchmarks.summary import duels, fastest, geometric_mean
 from fastattn.cli import arguments
 from fastattn.errors import ArgumentError
 
@@ -231,10 +231,10 @@ def label(layout: Layout) -> str:
 
 
 def check(results: Results) -> list[tuple[Row, float]]:
-    """The layers and training steps of a run, each with what is predicted for it, in seconds."""
+    """The layers and training steps of a run, fastattn's fastest of each, with what is predicted for it, in seconds."""
     found = []
-    for row in results.rows:
-        if row.family not in ("layer", "train_step") or row.status != "ok" or not row.ours:
+    for row in (duel.ours for duel in duels(results)):
+        if row is None or row.family not in ("layer", "train_step"):
             continue
         model, sequences = measured_model(row)
         rates = Rates.of(results, model, row.dtype)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastattn.ops.differentiate import Tensors, no_autocast
+from fastattn.tracing import is_plain
 
 if TYPE_CHECKING:
     from fastattn.ops.define import Operator
@@ -59,7 +60,7 @@ def forward_op(op: Operator) -> torch._ops.OpOverload:
         outputs, dims = op.map(info.batch_size, in_dims[:n], call, args[:n])
         return _as_result(outputs), _as_result(dims)
 
-    return _register(d.name, schema, kernel, fake, differentiable, vmap)
+    return _register(d.name, schema, n, kernel, fake, differentiable, vmap)
 
 
 def backward_op(op: Operator) -> torch._ops.OpOverload:
@@ -92,18 +93,22 @@ def backward_op(op: Operator) -> torch._ops.OpOverload:
 
         return op.map(info.batch_size, in_dims[:n], call, args[:n])
 
-    return _register(f"{d.name}_backward", schema, kernel, fake, differentiable, vmap)
+    return _register(f"{d.name}_backward", schema, n, kernel, fake, differentiable, vmap)
 
 
 def _register(
-    name: str, schema: str, kernel: Callable, fake: Callable, differentiable: Callable, vmap: Callable
+    name: str, schema: str, n_tensors: int, kernel: Callable, fake: Callable, differentiable: Callable, vmap: Callable
 ) -> torch._ops.OpOverload:
     qualified = f"fastattn::{name}"
     torch.library.define(qualified, schema, lib=_LIBRARY, tags=(torch.Tag.pt2_compliant_tag,))
     op = getattr(torch.ops.fastattn, name).default
 
+    @torch._disable_dynamo
     def autograd(keyset, *args):
-        if not _differentiated(args):
+        tensors = args[:n_tensors]
+        if not _differentiated(tensors):
+            if is_plain(*tensors):  # nothing is left below but the kernel: the way through the dispatcher takes 8 µs
+                return kernel(*args)
             with torch._C._AutoDispatchBelowAutograd():
                 return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
         if torch._C._are_functorch_transforms_active():
@@ -119,10 +124,9 @@ def _register(
     return op
 
 
-def _differentiated(args: Sequence[Any]) -> bool:
-    """Whether a gradient may be asked for, or one of `args` has a tangent."""
-    tensors = [t for t in args if isinstance(t, Tensor)]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+def _differentiated(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether a gradient may be asked for, or one of these has a tangent."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return True
     forward = forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled()
-    return forward and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+    return forward and any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)

@@ -7,7 +7,7 @@ torch.func and in forward mode.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -17,10 +17,12 @@ Tensors = tuple[Tensor | None, ...]
 Function = Callable[[Tensors], Tensors]
 
 
-def no_autocast(tensors: Sequence[Tensor | None]) -> torch.autocast:
+def no_autocast(tensors: Sequence[Tensor | None]) -> AbstractContextManager[object]:
     """The caller's casts are done; nothing inside an operator is cast again."""
     device = next(t.device.type for t in tensors if t is not None)
-    return torch.autocast(device, enabled=False)
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()  # to turn off what is off takes 7 µs
 
 
 def vjp(f: Function, primals: Tensors, wanted: Sequence[bool], cotangents: Tensors) -> Tensors:

@@ -24,12 +24,14 @@ def eager_function(op: Operator) -> Function:
         def forward(ctx, *args):
             inputs, (ctx.spec, ctx.backend) = args[:-2], args[-2:]
             outputs = op.run(inputs, ctx.spec, ctx.backend)
-            ctx.mark_dirty(*in_place(inputs, outputs))
+            if overwritten := in_place(inputs, outputs):
+                ctx.mark_dirty(*overwritten)
             # What a hook has been given to keep is not ours to write over.
             ctx.hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
             ctx.save_for_backward(*op.saved(inputs, outputs, ctx.spec))
             ctx.set_materialize_grads(False)
-            ctx.mark_non_differentiable(*(outputs[i] for i in op.fixed_outputs))
+            if op.fixed_outputs:
+                ctx.mark_non_differentiable(*(outputs[i] for i in op.fixed_outputs))
             return outputs
 
         @staticmethod

@@ -134,6 +134,20 @@ def _launch_scaling(grad_inputs, grads, saved, spec: CrossEntropySpec, backend: 
         get(backend).cross_entropy_scale(grad_inputs[0], grads[1], saved["dlogits"])
 
 
+def _traced_scaling(grads, saved, wanted, spec: CrossEntropySpec):
+    _only_logits(wanted)
+    return (scaled(saved["dlogits"], grads[1]) if wanted[0] else None, None, None)
+
+
+def scaled(x: Tensor, factor: Tensor | None) -> Tensor:
+    """factor · x, classes in dimension 1 of x, in torch operations; the factor has the shape of the rows or of none."""
+    if factor is None:
+        return torch.zeros_like(x)
+    if factor.dim() > 0:
+        factor = factor.unsqueeze(1)
+    return (x.float() * factor.float()).to(x.dtype)
+
+
 def _reference_with_gradient(inputs, spec: CrossEntropySpec):
     return torch.zeros_like(inputs[0]), get("reference").cross_entropy(*inputs, spec)
 
@@ -148,6 +162,7 @@ cross_entropy_with_gradient = Operator(
         launch=_launch_with_gradient,
         allocate_grads=_allocate_scaled,
         launch_backward=_launch_scaling,
+        traced_backward=_traced_scaling,
         reference=_reference_with_gradient,
         recycled=("logits", "dlogits"),
         **_COMMON,

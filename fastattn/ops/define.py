@@ -79,6 +79,9 @@ class Definition:
     reference_backward: Callable[[Tensors, dict[str, Tensor | None], Any], Tensors] | None = None
     tangents: Callable[[Tensors, Tensors, Tensors, Any, str], Tensors] | None = None
     unsaved: Callable[[Any], tuple[str, ...]] | None = None  # spec -> those of `saved` that are None under it
+    traced_backward: Callable[[Tensors, dict[str, Tensor | None], Sequence[bool], Any], Tensors] | None = None
+    # (grads, saved by name, wanted, spec) -> gradients: what a compiler is shown instead of a kernel, because in torch
+    # operations it is fused with its neighbours
     passed: tuple[str, str] | None = None  # (input, output): the gradient of the one is that of the other, unchanged
     recycled: tuple[str, str] | None = None  # (input, saved output): the gradient of the one may take the memory of the
     # other once nobody can ask for it again; the launcher is then given one tensor for both
@@ -189,7 +192,12 @@ class Operator:
         return tuple(g if want else None for g, want in zip(results, wanted, strict=True))
 
     def call_custom_backward(self, tensors: Tensors, wanted: Sequence[bool], spec: Spec, backend: str) -> Any:
-        return self.custom_backward(*tensors, list(wanted), *self.definition.encode(spec), backend)
+        d = self.definition
+        if d.traced_backward is not None:
+            grads, saved = tensors[: len(d.outputs)], tensors[len(d.outputs) :]
+            found = d.traced_backward(grads, dict(zip(d.saved, saved, strict=True)), wanted, spec)
+            return self.placeholders(found, saved)
+        return self.custom_backward(*tensors, list(wanted), *d.encode(spec), backend)
 
     # ---- in torch operations
 

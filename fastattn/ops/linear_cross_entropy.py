@@ -14,6 +14,7 @@ import torch
 from fastattn.backends import get
 from fastattn.errors import UnsupportedError
 from fastattn.ops.allocate import contiguous_like
+from fastattn.ops.cross_entropy import scaled
 from fastattn.ops.define import Definition, Operator
 from fastattn.spec import CrossEntropySpec, LinearCrossEntropySpec
 
@@ -133,6 +134,13 @@ def _launch_scaling(grad_inputs, grads, saved, spec: Spec, backend: str):
     get(backend).linear_cross_entropy_scale((dhidden, dweight, dbias), grads[0], tuple(saved.values()))
 
 
+def _traced_scaling(grads, saved, wanted, spec: Spec):
+    _only_linear(wanted)
+    pairs = zip(saved.values(), (wanted[0], wanted[1], wanted[3]), strict=True)
+    dhidden, dweight, dbias = (scaled(gradient, grads[0]) if want else None for gradient, want in pairs)
+    return dhidden, dweight, None, dbias, None
+
+
 def _reference_with_gradient(inputs, spec: Spec):
     empty = inputs[0].new_zeros(0)
     return get("reference").linear_cross_entropy(*inputs, spec), empty, empty, empty
@@ -148,6 +156,7 @@ linear_cross_entropy_with_gradient = Operator(
         launch=_launch_with_gradient,
         allocate_grads=_allocate_scaled,
         launch_backward=_launch_scaling,
+        traced_backward=_traced_scaling,
         reference=_reference_with_gradient,
         recycled=("weight", "dweight"),
         **_COMMON,

@@ -1,9 +1,10 @@
 """Whether small calls on CPU tensors go where they are done sooner: the kernels' time against torch's, size by size.
 
-    python -m benchmarks.routing [--out FILE]
+    python -m benchmarks.routing [--compiled] [--out FILE]
 
 Each operation of `fastattn.backends.cpu.routing.SMALL` is timed by both backends, in turns, at sizes around its limit,
-forward and with a backward. A limit is right if at most a few calls on its two sides are slower than they could be.
+forward and with a backward; with `--compiled` each of `SMALL_COMPILED`, alone, in compiled code. A limit is right if at
+most a few calls on its two sides are slower than they could be.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 
 import fastattn
 from benchmarks import machine
-from fastattn.backends.cpu.routing import SMALL
+from fastattn.backends.cpu.routing import SMALL, SMALL_COMPILED
 
 DTYPES = (torch.float32, torch.bfloat16)
 SPAN = (0.25, 0.5, 1.0, 2.0, 4.0)  # sizes, in limits
@@ -28,7 +29,9 @@ SMALLEST = 4096  # where there is no limit, sizes about this one
 ROUNDS, SECONDS = 15, 0.004
 
 
-def calls(op: str, amount: int, dtype: torch.dtype, gradient: bool) -> Callable[[str], Callable[[], Any]]:
+def calls(
+    op: str, amount: int, dtype: torch.dtype, gradient: bool, compiled: bool
+) -> Callable[[str], Callable[[], Any]]:
     """backend -> a call of `amount` elements, or multiply-adds of q kᵀ; a step where a gradient is wanted."""
     N = 256
     x = torch.randn(max(amount // N, 1), N, dtype=dtype, requires_grad=gradient)
@@ -39,6 +42,9 @@ def calls(op: str, amount: int, dtype: torch.dtype, gradient: bool) -> Callable[
     elif op == "layer_norm":
         weight, bias = (torch.randn(N, dtype=dtype, requires_grad=gradient) for _ in range(2))
         inputs, arguments = [x, weight, bias], [x, N, weight, bias]
+    elif op == "rms_norm":
+        weight = torch.randn(N, dtype=dtype, requires_grad=gradient)
+        inputs, arguments = [x, weight], [x, N, weight]
     elif op == "cross_entropy":
         inputs, arguments = [x], [x, torch.randint(N, (x.shape[0],))]
     elif op == "softmax":
@@ -50,7 +56,9 @@ def calls(op: str, amount: int, dtype: torch.dtype, gradient: bool) -> Callable[
 
     def by(backend: str) -> Callable[[], Any]:
         def forward() -> Any:
-            return function(*arguments, backend=backend)
+            return run(*arguments, backend=backend)
+
+        run = torch.compile(function, dynamic=False) if compiled else function
 
         dy = forward().detach()
         return (lambda: torch.autograd.grad(forward(), inputs, dy)) if gradient else forward
@@ -78,19 +86,21 @@ def seconds(functions: list[Callable[[], Any]]) -> list[float]:
     return [median(found) for found in times]
 
 
-def rows() -> Iterator[dict[str, Any]]:
-    for op, limits in SMALL.items():
+def rows(compiled: bool) -> Iterator[dict[str, Any]]:
+    for op, limits in (SMALL_COMPILED if compiled else SMALL).items():
         for dtype in DTYPES:
             for gradient in (False, True):
                 limit = limits.of(dtype, gradient)
                 for factor in SPAN:
+                    torch._dynamo.reset()
                     amount = int((limit or SMALLEST) * factor)
-                    by = calls(op, amount, dtype, gradient)
+                    by = calls(op, amount, dtype, gradient, compiled)
                     cpu, eager = seconds([by("cpu"), by("eager")])
                     yield {
                         "op": op,
                         "dtype": str(dtype).removeprefix("torch."),
                         "gradient": gradient,
+                        "compiled": compiled,
                         "limit": limit,
                         "amount": amount,
                         "cpu_us": round(1e6 * cpu, 2),
@@ -102,9 +112,10 @@ def rows() -> Iterator[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="a JSON file to write too")
+    parser.add_argument("--compiled", action="store_true", help="under torch.compile")
     options = parser.parse_args()
     found = []
-    for row in rows():
+    for row in rows(options.compiled):
         found.append(row)
         ratio = row["eager_us"] / row["cpu_us"]
         best = "cpu" if ratio > 1.0 else "eager"

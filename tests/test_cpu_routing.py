@@ -8,11 +8,12 @@ import sys
 
 import pytest
 import torch
+from torch._dynamo.testing import EagerAndRecordGraphs
 
 import fastattn
 from fastattn import backends
 from fastattn.backends.cpu import module
-from fastattn.backends.cpu.routing import SMALL
+from fastattn.backends.cpu.routing import SMALL, SMALL_COMPILED
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 pytestmark = pytest.mark.skipif(module.why_not() is not None, reason="the native module is not built")
@@ -94,3 +95,29 @@ print(*entered)
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTATTN_EMULATE")}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
     assert done.stdout.split() == ["eager", "cpu", "eager", "cpu"], done.stderr
+
+
+@pytest.mark.parametrize("residual", [False, True], ids=["norm", "residual"])
+@pytest.mark.parametrize("op", ["layer_norm", "rms_norm"])
+def test_a_compiler_is_left_small_norms_of_known_size_to_fuse(op, residual):
+    limit = SMALL_COMPILED[op].of(F32, gradient=False)
+
+    def function(x):
+        found = getattr(fastattn, op)(x, 8, residual=x if residual else None)
+        return found[0] if residual else found
+
+    def serves(rows: int, dynamic: bool) -> str:
+        torch._dynamo.reset()
+        graphs = EagerAndRecordGraphs()
+        compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend=graphs)
+        x = torch.randn(rows, 8)
+        torch.testing.assert_close(compiled(x), function(x))
+        if dynamic:  # nor does it guard on the size
+            with torch._dynamo.config.patch(error_on_recompile=True):
+                compiled(torch.randn(limit // 8 + 2, 8))
+        (graph,) = graphs.graphs
+        return "cpu" if any("fastattn" in str(node.target) for node in graph.graph.nodes) else "eager"
+
+    assert serves(limit // 8, dynamic=False) == "eager"
+    assert serves(limit // 8 + 1, dynamic=False) == "cpu"
+    assert serves(limit // 8, dynamic=True) == "cpu"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastattn import _arguments as check
 from fastattn import backends
-from fastattn.functional._plan import autocast, cached, wants_gradient, work_of
+from fastattn.functional._plan import autocast, cached, wants_gradient
 from fastattn.ops.attention import attention as attention_op
 from fastattn.spec import AttentionInputs, AttentionSpec, Work
 
@@ -30,7 +30,7 @@ def _attention_plan(
 
 def attention_work(q_shape, k_shape, gradient: bool, return_lse: bool) -> Work | None:
     """None with an lse: torch's function has none."""
-    return None if return_lse else work_of(math.prod(q_shape) * k_shape[2], gradient)
+    return None if return_lse else Work(math.prod(q_shape) * k_shape[2], gradient)
 
 
 def _attend(

@@ -16,12 +16,12 @@ from fastattn import _arguments as check
 from fastattn import backends
 from fastattn.errors import ArgumentError, ArgumentTypeError, kind
 from fastattn.functional._overwrite import may_share, overlaps_itself, same_places
-from fastattn.functional._plan import autocast, cached, facts, wants_gradient, work_of
+from fastattn.functional._plan import autocast, cached, facts, wants_gradient
 from fastattn.ops.cross_entropy import cross_entropy as cross_entropy_op
 from fastattn.ops.cross_entropy import cross_entropy_with_gradient
 from fastattn.ops.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy_op
 from fastattn.ops.linear_cross_entropy import linear_cross_entropy_with_gradient
-from fastattn.spec import CrossEntropySpec, LinearCrossEntropySpec
+from fastattn.spec import CrossEntropySpec, LinearCrossEntropySpec, Work
 from fastattn.tracing import is_plain
 
 REDUCTIONS = ("none", "mean", "sum")
@@ -149,7 +149,7 @@ def check_overwritten(fn: str, logits: Tensor, target: Tensor, weight: Tensor | 
 @cached
 def _plan(backend, gradient, logits, *rest) -> tuple[ModuleType, CrossEntropySpec]:
     spec = cross_entropy_spec(logits, *rest)
-    return backends.select(spec, logits[2], backend, work_of(math.prod(logits[0]), gradient)), spec
+    return backends.select(spec, logits[2], backend, Work(math.prod(logits[0]), gradient)), spec
 
 
 def cross_entropy_spec(logits, target, weight, under_autocast, differentiates, *options) -> CrossEntropySpec:

@@ -23,10 +23,11 @@ from fastattn.functional._cross_entropy import (
 from fastattn.functional._dropout_add import dropout_add, dropout_add_arguments, dropout_add_spec
 from fastattn.functional._gated import gated_spec, geglu, swiglu
 from fastattn.functional._norm import check_norm_tensors, layer_norm, norm_out_dtype, rms_norm
-from fastattn.functional._plan import autocast, facts, wants_gradient, work_of
+from fastattn.functional._plan import autocast, facts, wants_gradient
 from fastattn.functional._rotary import check_rotary_values, rotary_arguments, rotary_embedding, rotary_spec
 from fastattn.functional._sdpa import in_sdpa_names, scaled_dot_product_attention, sdpa_arguments
 from fastattn.functional._softmax import check_softmax_mask, log_softmax, softmax, softmax_overwrites
+from fastattn.spec import Work
 
 
 def explain(fn: Callable, *args: Any, **kwargs: Any) -> Explanation:
@@ -106,7 +107,7 @@ def _norm_spec(fn):
         tensors = facts(weight), facts(bias), facts(residual)
         options = eps, dropout_p, weight_offset, memory_efficient, norm_out_dtype(x)
         spec = check.norm_spec(fn, facts(x), row, *tensors, *options)
-        return spec, x.device, work_of(x.numel(), wants_gradient(x, weight))
+        return spec, x.device, Work(x.numel(), wants_gradient(x, weight))
 
     return spec
 
@@ -118,7 +119,7 @@ def _softmax_spec(fn):
             check_softmax_mask(fn, x, mask)
         overwrites = softmax_overwrites(fn, x, mask, inplace)
         spec = check.softmax_spec(fn, x.shape, x.dtype, dim, scale, causal, mask is not None, overwrites)
-        return spec, x.device, work_of(x.numel(), wants_gradient(x))
+        return spec, x.device, Work(x.numel(), wants_gradient(x))
 
     return spec
 
@@ -129,7 +130,7 @@ def _gated_spec(fn):
         check.check_tensor(fn, "up", up)
         shapes, dtypes, devices = zip(facts(gate), facts(up), strict=True)
         spec = gated_spec(fn, shapes, dtypes, devices, approximate)
-        return spec, gate.device, work_of(gate.numel(), wants_gradient(gate, up))
+        return spec, gate.device, Work(gate.numel(), wants_gradient(gate, up))
 
     return spec
 
@@ -148,7 +149,7 @@ def _rotary_spec(x, cos, sin, interleaved, position_ids, cu_seqlens, inplace, ba
 def _cross_entropy_spec(logits, target, *, backend, **options):
     spec = cross_entropy_spec(*cross_entropy_arguments(logits, target, **options))
     check_classes("cross_entropy", target, spec, logits)
-    return spec, logits.device, work_of(logits.numel(), wants_gradient(logits))
+    return spec, logits.device, Work(logits.numel(), wants_gradient(logits))
 
 
 def _linear_cross_entropy_spec(hidden, weight, target, *, backend, **options):

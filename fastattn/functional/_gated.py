@@ -10,9 +10,9 @@ from torch import Tensor
 from fastattn import _arguments as check
 from fastattn import backends
 from fastattn.errors import ArgumentError, ArgumentTypeError, kind
-from fastattn.functional._plan import cached, wants_gradient, work_of
+from fastattn.functional._plan import cached, wants_gradient
 from fastattn.ops.gated import gated as gated_op
-from fastattn.spec import GatedSpec
+from fastattn.spec import GatedSpec, Work
 
 
 def gated_spec(fn: str, shapes, dtypes, devices, approximate: str) -> GatedSpec:
@@ -33,7 +33,7 @@ def gated_spec(fn: str, shapes, dtypes, devices, approximate: str) -> GatedSpec:
 @cached
 def _plan(fn, backend, gradient, approximate, gate_shape, up_shape, *facts) -> tuple[ModuleType, GatedSpec]:
     spec = gated_spec(fn, (gate_shape, up_shape), facts[:2], facts[2:], approximate)
-    return backends.select(spec, facts[2], backend, work_of(math.prod(gate_shape), gradient)), spec
+    return backends.select(spec, facts[2], backend, Work(math.prod(gate_shape), gradient)), spec
 
 
 def _gated(fn: str, gate: Tensor, up: Tensor, approximate: str, backend: str | None) -> Tensor:

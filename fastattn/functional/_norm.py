@@ -12,11 +12,11 @@ from torch import Tensor
 
 from fastattn import _arguments as check
 from fastattn import backends
-from fastattn.functional._plan import cached, facts, wants_gradient, work_of
+from fastattn.functional._plan import cached, facts, wants_gradient
 from fastattn.ops.define import Operator
 from fastattn.ops.norm import layer_norm as layer_norm_op
 from fastattn.ops.norm import rms_norm as rms_norm_op
-from fastattn.spec import NormSpec
+from fastattn.spec import NormSpec, Work
 
 Shape = int | Sequence[int]
 
@@ -30,7 +30,7 @@ def _norm_plan(
         fn, (x_shape, x_dtype, x_device), row, weight, bias, residual, eps, dropout_p, weight_offset,
         memory_efficient, out_dtype,
     )  # fmt: skip
-    return backends.select(spec, x_device, backend, work_of(math.prod(x_shape), gradient)), spec
+    return backends.select(spec, x_device, backend, Work(math.prod(x_shape), gradient)), spec
 
 
 def check_norm_tensors(fn: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> None:

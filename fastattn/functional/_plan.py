@@ -11,7 +11,6 @@ from torch import Tensor
 
 from fastattn.backends import has_kernels as has_kernels
 from fastattn.errors import ArgumentTypeError
-from fastattn.spec import Work
 
 _PLANS = 4096  # checked calls that are remembered, by shapes, dtypes and options
 
@@ -31,11 +30,6 @@ def cached(plan: Callable) -> Callable:
             return plan(*args)
 
     return lookup
-
-
-def work_of(amount: int, gradient: bool) -> Work | None:
-    """What a plan tells `backends.select` of the call's size; nothing to a compiler, which would guard on it."""
-    return None if torch.compiler.is_compiling() else Work(amount, gradient)
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:

@@ -12,15 +12,15 @@ from fastattn import _arguments as check
 from fastattn import backends
 from fastattn.errors import ArgumentTypeError
 from fastattn.functional._overwrite import check_overwritten, overwritable
-from fastattn.functional._plan import cached, wants_gradient, work_of
+from fastattn.functional._plan import cached, wants_gradient
 from fastattn.ops.softmax import softmax as softmax_op
-from fastattn.spec import SoftmaxSpec
+from fastattn.spec import SoftmaxSpec, Work
 
 
 @cached
 def _softmax_plan(device, backend, gradient, *spec_args) -> tuple[ModuleType, SoftmaxSpec]:
     spec = check.softmax_spec(*spec_args)
-    return backends.select(spec, device, backend, work_of(math.prod(spec_args[1]), gradient)), spec
+    return backends.select(spec, device, backend, Work(math.prod(spec_args[1]), gradient)), spec
 
 
 def _softmax(

@@ -30,20 +30,41 @@ SMALL = {
     "swiglu": Limits(0, 16_384, 0, 0),
     "cross_entropy": Limits(4096, 16_384, 4096, 16_384),
 }
+# In compiled code, where a kernel is called by way of the dispatcher, and torch's operations become one loop, with what
+# stands before and behind them.
+SMALL_COMPILED = {
+    "attention": Limits(2_097_152, 2_097_152, 262_144, 32_768),
+    "layer_norm": Limits(1_048_576, 1_048_576, 524_288, 524_288),
+    "softmax": Limits(262_144, 524_288, 131_072, 262_144),
+    "swiglu": Limits(262_144, 262_144, 131_072, 131_072),
+    "cross_entropy": Limits(262_144, 131_072, 262_144, 131_072),
+}
+SMALL_COMPILED["rms_norm"] = SMALL_COMPILED["layer_norm"]
+SMALL_COMPILED["geglu"] = SMALL_COMPILED["swiglu"]
 
 
 def faster_in_torch(spec: Spec, work: Work | None) -> str | None:
     """Why torch's operation is the faster one, as a clause; None: it is not."""
     if isinstance(spec, CrossEntropySpec) and spec.inner:
         return "its rows of classes lie together, and those of (N, V, d1, …) are copied: torch is faster there"
-    if work is None or not _is_one_operation(spec):
+    compiling = torch.compiler.is_compiling()
+    if work is None or not (_becomes_one_loop(spec) if compiling else _is_one_operation(spec)):
         return None
-    limit = SMALL[spec.op].of(spec.dtype, work.gradient)
-    if work.amount > limit:
+    limit = (SMALL_COMPILED if compiling else SMALL)[spec.op].of(spec.dtype, work.gradient)
+    if not _at_most(work.amount, limit):
         return None
     unit = "multiply-adds of q kᵀ" if spec.op == "attention" else "elements"
     behind = " and a backward" if work.gradient else ""
     return f"a call of {work.amount} {unit}{behind} is small: up to {limit} torch's own operation is faster"
+
+
+def _at_most(amount: int, limit: int) -> bool:
+    """Whether a call is known to be small: a compiler does not guard on a size that it leaves open."""
+    if not torch.compiler.is_compiling():
+        return amount <= limit
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(amount <= limit)
 
 
 def _is_one_operation(spec: Spec) -> bool:
@@ -58,3 +79,10 @@ def _is_one_operation(spec: Spec) -> bool:
     if isinstance(spec, CrossEntropySpec):
         return not (spec.probabilities or spec.z_loss or spec.softcap or spec.inplace)
     return isinstance(spec, GatedSpec) and spec.op in SMALL
+
+
+def _becomes_one_loop(spec: Spec) -> bool:
+    """Whether a compiler makes one loop of what `eager` computes it by, or leaves it one operation."""
+    if isinstance(spec, NormSpec):
+        return not (spec.dropout_p or spec.memory_efficient)
+    return isinstance(spec, GatedSpec) or _is_one_operation(spec)

@@ -38,9 +38,9 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Threads that wait sleep: spinning, they would take a busy machine's cores from those that they wait for.
+# Memory that a call frees is kept for the next: else glibc gives it back, and the time of new pages is what is measured.
 bench: $(READY)
-	OMP_WAIT_POLICY=passive $(BIN)/python -m fastattn bench --out out/bench $(BENCH_ARGS)
+	MALLOC_TRIM_THRESHOLD_=2000000000 MALLOC_MMAP_THRESHOLD_=33554432 $(BIN)/python -m fastattn bench --out out/bench $(BENCH_ARGS)
 
 gpu:
 	PYTHONPATH=$(CURDIR) $(PYTHON) -m benchmarks.gpu --out out/gpu --budget $(TIME_BUDGET) $(GPU_ARGS)

@@ -115,7 +115,7 @@ def differences(before: Results, after: Results) -> list[str]:
         for name, a, b in (
             ("device", before.machine["device"]["name"], after.machine["device"]["name"]),
             ("threads", before.machine.get("threads"), after.machine.get("threads")),
-            ("OMP_WAIT_POLICY", *(results.machine.get("openmp_wait_policy") for results in (before, after))),
+            ("environment", *(results.machine.get("environment") for results in (before, after))),
         )
         if a != b
     ]

@@ -31,12 +31,16 @@ PEERS = (
 )
 
 
+# What decides how threads wait, and whether memory that was freed is kept for the next call
+ENVIRONMENT = ("OMP_WAIT_POLICY", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
+
+
 def describe(device: torch.device) -> dict[str, Any]:
     """Device, versions of everything that has a part in the figures, and threads."""
     return {
         "device": describe_gpu(device) if device.type == "cuda" else describe_cpu(),
         "threads": torch.get_num_threads(),
-        "openmp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
+        "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
         "load": os.getloadavg()[0]
         if hasattr(os, "getloadavg")
         else None,  # processes that ran or waited, before the run

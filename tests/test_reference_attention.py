@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import grad, gradcheck, gradgradcheck
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import fastattn
 from fastattn.reference.attention import attention, varlen_attention
 from fastattn.reference.dropout import dropout_keep
 from fastattn.spec import AttentionSpec
@@ -502,3 +503,19 @@ def test_compiles_whole(case: Case):
 
     compiled = torch.compile(attention, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(run(compiled), run(attention), **CLOSE)
+
+
+@pytest.mark.parametrize("backend", ["eager", "reference"])
+def test_a_softcap_that_the_dtype_does_not_hold(backend):
+    """In float32 1e300 is inf, and caps nothing; 1e-60 is 0, and leaves no score but 0."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 5, 8, requires_grad=True) for _ in range(3))
+    target = torch.arange(10) % 8
+
+    def results(softcap, scores=1.0):
+        o = fastattn.attention(q * scores, k, v, softcap=softcap, backend=backend)
+        loss = fastattn.cross_entropy(q.view(10, 8) * scores, target, softcap=softcap, backend=backend)
+        return o, loss, *torch.autograd.grad(o.sum() + loss, (q, k, v))
+
+    torch.testing.assert_close(results(1e300), results(None))
+    torch.testing.assert_close(results(1e-60), results(None, scores=0.0))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastattn.reference.dropout import dropout_keep
+from fastattn.reference.softcap import softcapped
 from fastattn.spec import AttentionSpec
 
 
@@ -102,9 +103,7 @@ def attention(
         k, v = k.repeat_interleave(spec.G, dim=1), v.repeat_interleave(spec.G, dim=1)
     keep = visible_keys(spec, S_q, S_k, mask, q.device, lengths)
 
-    s = _scores(q, k, keep) * spec.scale
-    if spec.softcap is not None:
-        s = spec.softcap * torch.tanh(s / spec.softcap)
+    s = softcapped(_scores(q, k, keep) * spec.scale, spec.softcap)
     if bias is not None:
         s = s + bias.to(dtype)
     if alibi_slopes is not None:

@@ -18,6 +18,8 @@ import math
 import torch
 from torch import Tensor
 
+from fastattn.reference.softcap import softcapped
+
 
 def cross_entropy(
     logits: Tensor,
@@ -44,7 +46,7 @@ def cross_entropy(
         target = target.long()
         counted = target != ignore_index  # (…)
         x = torch.where(counted[..., None], x, 0.0)
-    s = x if softcap is None else softcap * torch.tanh(x / softcap)
+    s = softcapped(x, softcap)
     log_p = torch.log_softmax(s, -1)
 
     if counted is None:

@@ -13,6 +13,7 @@ namespace {
 
 constexpr int64_t BACKWARD_SPAN = 256 * LANES;  // SPAN for sums of one accumulator
 constexpr int TILE = 4;  // rows that share one read and write of the sums of dweight and dbias
+constexpr int64_t WORTH_A_TILE = 512;  // columns; shorter rows side by side are streams too short to be fetched ahead
 constexpr int64_t ROWS_PER_PART = 16, MOST_PARTS = 128;
 
 // One row: x̂ = (base - mean) · scale
@@ -180,7 +181,7 @@ void backward_rows(const NormBackward& p, int64_t i, const Room& room) {
 template <bool RMS, class Base, class Dy>
 void backward_block(const NormBackward& p, int64_t first, int64_t last, const Room& room) {
   int64_t i = first;
-  for (; i + TILE <= last; i += TILE) backward_rows<RMS, TILE, Base, Dy>(p, i, room);
+  for (; p.N >= WORTH_A_TILE && i + TILE <= last; i += TILE) backward_rows<RMS, TILE, Base, Dy>(p, i, room);
   for (; i < last; ++i) backward_rows<RMS, 1, Base, Dy>(p, i, room);
 }
 
@@ -223,7 +224,7 @@ void norm_backward(const NormBackward& p, int threads) {
   float* dbias = dweight + n_sums;
   const float* weight = widened(p.weight, p.weight_offset, 1.f, N, room);
   const float* bias = p.from_y ? widened(p.bias, 0.f, 0.f, N, room + width) : nullptr;
-  parallel_for(M * N < 2 * GRAIN ? 1 : threads, n_parts, [&](int64_t part, int thread) {
+  parallel_shares(M * N < 2 * GRAIN ? 1 : threads, n_parts, [&](int64_t part, int thread) {
     float* own = room + 2 * width + thread * per_thread;
     Room mine{own, own + width, weight, bias, nullptr, nullptr, width};
     if (sums) {

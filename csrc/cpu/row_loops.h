@@ -132,7 +132,7 @@ FASTATTN_INLINE void for_pieces(int threads, int64_t M, int64_t N, const Body& b
     });
   }
   const int64_t pieces = (N + GRAIN - 1) / GRAIN;
-  parallel_for(threads, M * pieces, [&](int64_t task, int) FASTATTN_LAMBDA {
+  parallel_shares(threads, M * pieces, [&](int64_t task, int) FASTATTN_LAMBDA {
     const int64_t n = task % pieces * GRAIN;
     body(task / pieces, n, smaller(GRAIN, N - n));
   });

@@ -31,6 +31,10 @@ class Problem(ABC):
     def compute(self, tensors: Tensors) -> Tensor:
         """The result in plain torch operations, unfused, in the dtype of the tensors: in float64 the truth."""
 
+    def also(self, tensors: Tensors) -> tuple[Tensor, ...]:
+        """What a program needs beside the result: a compiler that is not asked for it never writes it."""
+        return ()
+
     @abstractmethod
     def flops(self, direction: Direction) -> float:
         """Floating-point operations of the matrix products that the mathematics needs."""

@@ -47,6 +47,9 @@ class NormProblem(Problem):
             tensors["bias"] = randn(self.N, dtype=dtype, device=device, seed=3)
         return tensors
 
+    def also(self, tensors: Tensors) -> tuple[Tensor, ...]:
+        return (tensors["x"] + tensors["residual"],) if self.residual else ()
+
     def compute(self, tensors: Tensors) -> Tensor:
         x = tensors["x"] + tensors["residual"] if self.residual else tensors["x"]
         if self.kind == "layer_norm":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch._functorch.config
 from torch import Tensor
@@ -17,10 +19,11 @@ def compiled(problem: Problem, tensors: Tensors) -> Call:
     # A backward that is timed again and again must leave its saved tensors alone.
     torch._functorch.config.donated_buffer = False
 
-    def function(**given: Tensor) -> Tensor:
-        return problem.compute(given)
+    @partial(torch.compile, dynamic=False)
+    def function(**given: Tensor) -> tuple[Tensor, ...]:
+        return problem.compute(given), *(t.detach() for t in problem.also(given))
 
-    return Call(torch.compile(function, dynamic=False), tensors)
+    return Call(lambda **given: function(**given)[0], tensors)
 
 
 def model(problem: LayerProblem | TrainStepProblem, tensors: Tensors) -> Call:

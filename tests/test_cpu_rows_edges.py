@@ -166,20 +166,9 @@ def test_gradient_of_a_softcap(isa):
     assert (dx(torch.float32, "cpu") - exact).norm() <= 1.5 * (dx(torch.float32, "eager") - exact).norm()
 
 
-@EVERY_ISA
-def test_softcap_whose_inverse_is_infinite(isa):
-    x, target = torch.tensor([[1.0, 0.0, -2.0]]), torch.tensor([0])
-
-    def loss(x: Tensor) -> Tensor:
-        return fastattn.cross_entropy(x, target, softcap=1e-40, backend="cpu")
-
-    y, dx = gradients(loss, (x,), torch.ones(()))
-    torch.testing.assert_close(y, torch.tensor(3.0).log())
-    assert torch.equal(dx[:, ::2], torch.zeros(1, 2))
-
-
 X, TARGET = torch.tensor([[1.0, 0.0, -2.0], [0.5, 3.0, 1.0]]), torch.tensor([0, 2])
 BEYOND_FLOAT32 = {
+    "softcap of 1e-40": lambda **on: fastattn.cross_entropy(X, TARGET, softcap=1e-40, **on),
     "softcap of 1e-60": lambda **on: fastattn.cross_entropy(X, TARGET, softcap=1e-60, **on),
     "softcap of 1e+300": lambda **on: fastattn.cross_entropy(X, TARGET, softcap=1e300, **on),
     "z_loss of 1e+300": lambda **on: fastattn.cross_entropy(X, TARGET, z_loss=1e300, **on),

@@ -16,12 +16,27 @@ import torch
 
 from fastattn.backends import cpu, cuda, eager, reference, triton
 from fastattn.errors import ArgumentError, ArgumentTypeError, UnsupportedError, kind
-from fastattn.spec import AttentionSpec, Spec, Work
+from fastattn.spec import (
+    AttentionSpec,
+    CrossEntropySpec,
+    LinearCrossEntropySpec,
+    NormSpec,
+    SoftmaxSpec,
+    Spec,
+    Work,
+)
 
 _BACKENDS: dict[str, ModuleType] = {backend.NAME: backend for backend in (cuda, triton, cpu, eager, reference)}
 ORDER: tuple[str, ...] = tuple(_BACKENDS)
 # Entries that a backend may leave out, the backward first.
 _DERIVATIVES: dict[type, tuple[str, ...]] = {AttentionSpec: ("attention_backward", "attention_tangents")}
+# Numbers that a kernel is given. It has them in float32, and their reciprocals.
+_NUMBERS: dict[type, tuple[str, ...]] = {
+    AttentionSpec: ("scale", "softcap"),
+    NormSpec: ("eps", "weight_offset"),
+    SoftmaxSpec: ("scale",),
+    CrossEntropySpec: ("label_smoothing", "z_loss", "softcap"),
+}
 
 
 def get(name: str) -> ModuleType:
@@ -43,11 +58,22 @@ def unsupported(name: str, spec: Spec, device: torch.device) -> str | None:
     backend = get(name)
     why = backend.available(device) or backend.unsupported(spec, device)
     if why is None and not backend.COMPOSITE:
+        why = _beyond_float32(spec.loss if isinstance(spec, LinearCrossEntropySpec) else spec)
+    if why is None and not backend.COMPOSITE:
         for entry in _DERIVATIVES.get(type(spec), ()):
             reasons = _find(entry, name, spec, device)[1]
             if reasons:
                 return f"it has no {entry}, and no other backend here has: {reasons}"
     return why
+
+
+def _beyond_float32(spec: Spec) -> str | None:
+    """Why a kernel's arithmetic loses one of the spec's numbers."""
+    for argument in _NUMBERS.get(type(spec), ()):
+        value = getattr(spec, argument)
+        if value and not 1e-37 < abs(value) < 1e38:
+            return f"{argument} of {value} (its arithmetic is in float32)"
+    return None
 
 
 def serving(entry: str, name: str, spec: Spec, device: torch.device) -> ModuleType:

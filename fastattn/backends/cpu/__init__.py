@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from fastattn.backends.cpu import attention, attention_jvp, loss, module, routing, rows
-from fastattn.spec import AttentionSpec, Spec, Work
+from fastattn.spec import Spec, Work
 
 NAME = "cpu"
 COMPOSITE = False
@@ -39,8 +39,6 @@ available._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def unsupported(spec: Spec, device: torch.device) -> str | None:
     if spec.dtype not in module.DTYPES:
         return module.other_dtype(spec.dtype)
-    if isinstance(spec, AttentionSpec):
-        return attention.unsupported(spec)
     return rows.unsupported(spec)
 
 

@@ -15,13 +15,6 @@ from fastattn.spec import AttentionInputs, AttentionSpec
 LONGEST = 2**28  # of rows; the kernels add a few such numbers up in 32 bits
 
 
-def unsupported(spec: AttentionSpec) -> str | None:
-    for name, value in (("scale", spec.scale), ("softcap", spec.softcap)):
-        if value and not 1e-37 < abs(value) < 1e38:
-            return f"{name} {value} (its arithmetic is in float32)"
-    return None
-
-
 def attention_forward(o: Tensor, lse: Tensor, x: AttentionInputs, spec: AttentionSpec) -> None:
     """Fill o and lse."""
     if x.cu_seqlens_q is not None:

@@ -24,11 +24,11 @@ class Limits(NamedTuple):
 
 
 SMALL = {
-    "attention": Limits(131_072, 524_288, 4096, 16_384),
-    "layer_norm": Limits(32_768, 131_072, 16_384, 65_536),
-    "softmax": Limits(16_384, 131_072, 16_384, 65_536),
+    "attention": Limits(262_144, 1_048_576, 32_768, 16_384),
+    "layer_norm": Limits(65_536, 524_288, 32_768, 65_536),
+    "softmax": Limits(32_768, 262_144, 16_384, 131_072),
     "swiglu": Limits(0, 16_384, 0, 0),
-    "cross_entropy": Limits(4096, 16_384, 4096, 16_384),
+    "cross_entropy": Limits(16_384, 65_536, 16_384, 32_768),
 }
 # In compiled code, where a kernel is called by way of the dispatcher, and torch's operations become one loop, with what
 # stands before and behind them.

@@ -22,22 +22,9 @@ from fastattn.spec import (
     Spec,
 )
 
-_FP32 = torch.finfo(torch.float32)
-_SMALLEST, _LARGEST = _FP32.smallest_normal * _FP32.eps, _FP32.max  # what is not 0 in fp32, nor inf
-_NUMBERS: dict[type[Spec], tuple[str, ...]] = {
-    NormSpec: ("eps", "weight_offset"),
-    SoftmaxSpec: ("scale",),
-    CrossEntropySpec: ("label_smoothing", "z_loss", "softcap"),
-}
-
 
 def unsupported(spec: Spec) -> str | None:
     """Why the row kernels do not compute `spec`, whose own dtype is one of theirs."""
-    for argument in _NUMBERS.get(type(spec), ()):
-        value = getattr(spec, argument)
-        if value and not _SMALLEST <= abs(value) <= _LARGEST:
-            becomes = "0" if abs(value) < 1.0 else "inf"
-            return f"{argument} of {value} (its kernels hold it in float32, where that is {becomes})"
     if isinstance(spec, NormSpec):
         named = (("weight", spec.weight_dtype), ("bias", spec.bias_dtype), ("residual", spec.residual_dtype))
         for argument, dtype in named:

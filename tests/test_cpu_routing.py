@@ -25,17 +25,24 @@ def nothing_before_the_kernels(monkeypatch):
     monkeypatch.setattr(backends, "ORDER", ("cpu", "eager", "reference"))
 
 
-def call(op: str, n: int, dtype: torch.dtype, gradient: bool, **options):
-    """Who serves a call of n elements, or of n multiply-adds of q kᵀ."""
+def arguments(op: str, n: int, dtype: torch.dtype, gradient: bool) -> list:
+    """Of a call of n elements, or of n multiply-adds of q kᵀ."""
     rows = torch.zeros(n // 8, 8, dtype=dtype, requires_grad=gradient)
-    arguments = {
+    found = {
         "attention": lambda: [rows.view(1, n // 8, 1, 8)] * 3,
         "layer_norm": lambda: [rows, 8],
+        "rms_norm": lambda: [rows, 8],
         "softmax": lambda: [rows],
         "swiglu": lambda: [rows, rows],
+        "geglu": lambda: [rows, rows],
         "cross_entropy": lambda: [rows, torch.zeros(n // 8, dtype=torch.long)],
     }
-    return fastattn.explain(getattr(fastattn, op), *arguments[op](), **options)
+    return found[op]()
+
+
+def call(op: str, n: int, dtype: torch.dtype, gradient: bool, **options):
+    """Who serves it."""
+    return fastattn.explain(getattr(fastattn, op), *arguments(op, n, dtype, gradient), **options)
 
 
 @pytest.mark.parametrize("gradient", [False, True], ids=["forward", "step"])
@@ -85,7 +92,7 @@ for backend, name in ((cpu, "norm_forward"), (eager, "norm")):
         entered.append(backend.NAME)
         return function(*args)
     setattr(backend, name, spy)
-small, large = torch.zeros(8, 8), torch.zeros(8192, 8)
+small, large = torch.zeros(8, 8), torch.zeros(16384, 8)
 fastattn.layer_norm(small, 8)
 fastattn.layer_norm(large, 8)
 fastattn.layer_norm(large.requires_grad_(), 8)
@@ -97,27 +104,41 @@ print(*entered)
     assert done.stdout.split() == ["eager", "cpu", "eager", "cpu"], done.stderr
 
 
-@pytest.mark.parametrize("residual", [False, True], ids=["norm", "residual"])
+def serves_compiled(op: str, n: int, dtype: torch.dtype, gradient: bool, dynamic: bool = False, **options) -> str:
+    """Who serves it in compiled code, and, of a size left open, without a guard on it."""
+
+    def function(*arguments):
+        return getattr(fastattn, op)(*arguments, **options)
+
+    torch._dynamo.reset()
+    graphs = EagerAndRecordGraphs()
+    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend=graphs)
+    given = arguments(op, n, dtype, gradient)
+    torch.testing.assert_close(compiled(*given), function(*given))
+    if dynamic:
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            compiled(*arguments(op, 4 * n, dtype, gradient))
+    (graph,) = graphs.graphs
+    return "cpu" if any("fastattn" in str(node.target) for node in graph.graph.nodes) else "eager"
+
+
+@pytest.mark.parametrize("gradient", [False, True], ids=["forward", "step"])
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("op", SMALL_COMPILED)
+def test_a_compiler_is_left_what_is_small(op, dtype, gradient):
+    limit = SMALL_COMPILED[op].of(dtype, gradient)
+    assert serves_compiled(op, limit, dtype, gradient) == "eager"
+    assert serves_compiled(op, limit + 8, dtype, gradient) == "cpu"
+
+
 @pytest.mark.parametrize("op", ["layer_norm", "rms_norm"])
-def test_a_compiler_is_left_small_norms_of_known_size_to_fuse(op, residual):
-    limit = SMALL_COMPILED[op].of(F32, gradient=False)
+def test_a_compiler_is_left_norms_of_sums(op):
+    residual = torch.zeros(8, 8)
+    assert serves_compiled(op, 64, F32, False, residual=residual) == "eager"
+    assert serves_compiled(op, 64, F32, False, residual=residual, memory_efficient=True) == "cpu"
+    assert serves_compiled(op, 64, F32, False, residual=residual, backend="cpu") == "cpu"
 
-    def function(x):
-        found = getattr(fastattn, op)(x, 8, residual=x if residual else None)
-        return found[0] if residual else found
 
-    def serves(rows: int, dynamic: bool) -> str:
-        torch._dynamo.reset()
-        graphs = EagerAndRecordGraphs()
-        compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend=graphs)
-        x = torch.randn(rows, 8)
-        torch.testing.assert_close(compiled(x), function(x))
-        if dynamic:  # nor does it guard on the size
-            with torch._dynamo.config.patch(error_on_recompile=True):
-                compiled(torch.randn(limit // 8 + 2, 8))
-        (graph,) = graphs.graphs
-        return "cpu" if any("fastattn" in str(node.target) for node in graph.graph.nodes) else "eager"
-
-    assert serves(limit // 8, dynamic=False) == "eager"
-    assert serves(limit // 8 + 1, dynamic=False) == "cpu"
-    assert serves(limit // 8, dynamic=True) == "cpu"
+@pytest.mark.parametrize("op", SMALL_COMPILED)
+def test_a_size_that_a_compiler_leaves_open_is_the_kernels(op):
+    assert serves_compiled(op, SMALL_COMPILED[op].of(F32, False) // 4, F32, False, dynamic=True) == "cpu"

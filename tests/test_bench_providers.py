@@ -414,3 +414,16 @@ def test_names_are_unique():
     names = [p.name for p in discover()]
     assert len(set(names)) == len(names)
     assert set(STAND_INS) <= set(names)
+
+
+def test_a_compiler_is_asked_for_all_that_a_program_needs(monkeypatch):
+    """It would not write the sum of a residual that nobody reads."""
+    functions = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: functions.append(function) or function)
+    problem = NormProblem("rms_norm", 4, 8, residual=True)
+    inputs = problem.inputs(torch.float32, CPU)
+    (provider,) = (p for p in discover() if p.name == "torch/compile")
+    call = provider.ops["rms_norm"](problem, inputs)
+    y, h = functions[0](**inputs)
+    assert torch.equal(call.function(**inputs), y)
+    assert torch.equal(h, inputs["x"] + inputs["residual"])

@@ -34,13 +34,13 @@ SMALL = {
 # stands before and behind them.
 SMALL_COMPILED = {
     "attention": Limits(2_097_152, 2_097_152, 262_144, 32_768),
-    "layer_norm": Limits(1_048_576, 1_048_576, 524_288, 524_288),
+    "layer_norm": Limits(2_097_152, 1_048_576, 524_288, 524_288),
     "softmax": Limits(262_144, 524_288, 131_072, 262_144),
     "swiglu": Limits(262_144, 262_144, 131_072, 131_072),
+    "geglu": Limits(524_288, 524_288, 131_072, 131_072),
     "cross_entropy": Limits(262_144, 131_072, 262_144, 131_072),
 }
 SMALL_COMPILED["rms_norm"] = SMALL_COMPILED["layer_norm"]
-SMALL_COMPILED["geglu"] = SMALL_COMPILED["swiglu"]
 
 
 def faster_in_torch(spec: Spec, work: Work | None) -> str | None:

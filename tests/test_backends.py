@@ -106,3 +106,18 @@ def test_its_refusal_comes_before_that(registered, device: torch.device):
     assert backends.explain(spec, device).reasons["forward"] == "it is full"
     with pytest.raises(UnsupportedError, match="it is full"):
         backends.select(spec, device, "forward")
+
+
+@pytest.mark.parametrize("name", [name for name in backends.ORDER if not backends.get(name).COMPOSITE])
+def test_a_number_that_float32_loses_is_no_kernels(name, monkeypatch):
+    monkeypatch.setattr(backends.get(name), "available", lambda device: None)
+    x, target = torch.zeros(2, 3), torch.tensor([0, 2])
+
+    def why_not(**options) -> str | None:
+        explanation = fastattn.explain(fastattn.cross_entropy, x, target, **options)
+        return backends.unsupported(name, explanation.spec, x.device)
+
+    assert why_not(softcap=30.0) is None
+    for option in ("softcap", "z_loss"):
+        for value in (1e-40, 1e-60, 1e300):
+            assert why_not(**{option: value}) == f"{option} of {value} (its arithmetic is in float32)"

@@ -59,6 +59,7 @@ def test_the_tables_are_those_of_the_results():
     results = read_json(ROOT / "benchmarks" / "results" / "cpu" / "results.json")
     page = (ROOT / "docs" / "cpu.md").read_text()
     assert [table for table in figures.tables(results) if table not in page] == []
+    assert figures.share_of_sdpa(results) in (ROOT / "README.md").read_text()
     avx2 = standings(read_json(ROOT / "benchmarks" / "results" / "cpu-avx2" / "results.json"))
     assert f"in {sum(s.won for s in avx2)} of {sum(s.count for s in avx2)} workloads" in page
 

@@ -55,10 +55,10 @@ def calls(
     function = getattr(fastattn, op)
 
     def by(backend: str) -> Callable[[], Any]:
+        run = torch.compile(function, dynamic=False) if compiled else function
+
         def forward() -> Any:
             return run(*arguments, backend=backend)
-
-        run = torch.compile(function, dynamic=False) if compiled else function
 
         dy = forward().detach()
         return (lambda: torch.autograd.grad(forward(), inputs, dy)) if gradient else forward

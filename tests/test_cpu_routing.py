@@ -8,6 +8,8 @@ import sys
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import EagerAndRecordGraphs
 
 import fastattn
@@ -142,3 +144,31 @@ def test_a_compiler_is_left_norms_of_sums(op):
 @pytest.mark.parametrize("op", SMALL_COMPILED)
 def test_a_size_that_a_compiler_leaves_open_is_the_kernels(op):
     assert serves_compiled(op, SMALL_COMPILED[op].of(F32, False) // 4, F32, False, dynamic=True) == "cpu"
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["mean", "rows"])
+@pytest.mark.parametrize("op", ["cross_entropy", "linear_cross_entropy"])
+def test_a_compiler_is_shown_how_a_loss_scales_its_gradient(op, weighted):
+    """As a product, which it fuses; but where rows have a factor each, `linear_cross_entropy` computes again."""
+    x, weight, target = torch.randn(12, 8), torch.randn(40, 8), torch.arange(12)
+    leaves = [t.requires_grad_() for t in ((x @ weight.T,) if op == "cross_entropy" else (x, weight))]
+    factor = torch.linspace(-1.0, 3.0, 12) if weighted else torch.tensor(3.0)
+    backwards = []
+
+    def function(*tensors):
+        reduction = "none" if weighted else "mean"
+        return getattr(fastattn, op)(*tensors, target, reduction=reduction, backend="cpu")
+
+    def record(graph, inputs):
+        backwards.append([str(node.target) for node in graph.graph.nodes])
+        return make_boxed_func(graph.forward)
+
+    def gradients(function):
+        return torch.autograd.grad(function(*leaves), leaves, factor)
+
+    torch._dynamo.reset()
+    backend = aot_autograd(fw_compiler=lambda graph, inputs: make_boxed_func(graph.forward), bw_compiler=record)
+    torch.testing.assert_close(gradients(torch.compile(function, backend=backend)), gradients(function))
+    (targets,) = backwards
+    assert any("aten.mul" in t for t in targets) != any("fastattn" in t for t in targets)
+    assert any("fastattn" in t for t in targets) == (weighted and op == "linear_cross_entropy")

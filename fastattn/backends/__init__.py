@@ -59,7 +59,6 @@ def unsupported(name: str, spec: Spec, device: torch.device) -> str | None:
     why = backend.available(device) or backend.unsupported(spec, device)
     if why is None and not backend.COMPOSITE:
         why = _beyond_float32(spec.loss if isinstance(spec, LinearCrossEntropySpec) else spec)
-    if why is None and not backend.COMPOSITE:
         for entry in _DERIVATIVES.get(type(spec), ()):
             reasons = _find(entry, name, spec, device)[1]
             if reasons:

@@ -56,9 +56,6 @@ $(OLDEST_TRITON): $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==3.6.0
 	@touch $@
 
-$(READY): pyproject.toml setup.py constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit("fastattn needs Python 3.11 or newer; $(PYTHON) is %d.%d. Name another: make PYTHON=python3.12" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
-	@$(PYTHON) -m venv $(VENV) || { echo "$(PYTHON) has no working venv module; Debian and Ubuntu ship it as python3-venv." >&2; exit 1; }
-	@echo "Preparing $(VENV): torch and the tools, a few minutes the first time."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,dev]'
+$(READY): pyproject.toml setup.py constraints.txt tools/prepare.py
+	@$(PYTHON) tools/prepare.py $(VENV)
 	@touch $@

@@ -11,6 +11,7 @@ import warnings
 from pathlib import Path
 
 import planted_native
+import progress
 import pytest
 import torch
 
@@ -21,6 +22,15 @@ if importlib.util.find_spec("expecttest") is None:  # torch's samples are define
 if not GPU:  # before fastattn is imported: triton.jit decides at decoration
     os.environ["TRITON_INTERPRET"] = "1"
     os.environ["FASTATTN_EMULATE"] = "1"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--progress", action="store_true", help="one line every few seconds instead of dots")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--progress") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(progress.Progress(config), "progress")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -119,6 +120,20 @@ def test_a_wrong_gradient_is_refused_a_speed_figure():
     assert all(f"d{name} is" in wrong.reason for name in "qkv")
     assert right.status == "ok"
     assert rows(provider(WrongGradient.apply))[0].status == "ok"  # it is asked for no gradient
+
+
+def test_torch_right_by_luck_refuses_nobody():
+    """Where the unfused operation has no error at all, the simulated errors decide: a right call is not refused."""
+    asked = workload(PROBLEMS["attention"], "backward")
+    inputs = asked.problem.inputs(F32, CPU)
+    dy = gate.gradient_of_result(asked, inputs)
+    truth = gate.truth_of(asked, inputs, dy)
+    lucky = dataclasses.replace(truth, eager=dict.fromkeys(truth.eager, gate.Errors(0.0, 0.0)))
+    right, wrong = provider(), provider(WrongGradient.apply)
+    right, wrong = (p.ops["attention"](asked.problem, inputs) for p in (right, wrong))
+    assert gate.hold(dataclasses.replace(lucky, simulate=lambda: lucky.eager), gate.results(asked, right, dy)).wrong
+    assert gate.check(lucky, right, dy).wrong is None
+    assert gate.check(lucky, wrong, dy).wrong is not None
 
 
 @pytest.mark.parametrize("name", PROBLEMS)

@@ -6,32 +6,26 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-LIMIT = 0.050  # seconds
-TRIES = 5
 
-# CPU time, which a busy machine inflates less than it does wall time. Bytecode is written to and read from a folder of
-# the test's own, as for an installed package; torch's is left where it is.
-MEASURE = """
-import json, sys, time
+# Bytecode goes to a folder of the test's own, so that nothing is left beside the sources.
+MODULES = """
+import json, sys
 import torch
 already = set(sys.modules)
-sys.dont_write_bytecode, sys.pycache_prefix = False, sys.argv[1]
-start = time.process_time()
+sys.pycache_prefix = sys.argv[1]
 import fastattn
-seconds = time.process_time() - start
-print(json.dumps({"seconds": seconds, "added": sorted(set(sys.modules) - already)}))
+print(json.dumps(sorted(set(sys.modules) - already)))
 """
 
 
-def import_fastattn(bytecode: Path) -> dict:
+def import_fastattn(bytecode: Path) -> list[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", MEASURE, str(bytecode)]
+    command = [sys.executable, "-c", MODULES, str(bytecode)]
     done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
     return json.loads(done.stdout)
 
@@ -43,7 +37,7 @@ def bytecode(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_import_adds_only_ours(bytecode: Path):
     """Beside the standard library: no triton, nor anything else that torch has not loaded."""
-    added = import_fastattn(bytecode)["added"]
+    added = import_fastattn(bytecode)
     packages = {name.partition(".")[0] for name in added}
     assert "fastattn" in packages
     assert "triton" not in packages
@@ -55,15 +49,8 @@ def test_import_adds_only_ours(bytecode: Path):
     assert not {name for name in added if name.startswith("fastattn._cuda")}
 
 
-def test_import_takes_no_more_than_50_ms(bytecode: Path):
-    fastest = min(times_until_fast_enough(bytecode))
-    assert fastest <= LIMIT, f"import fastattn took {1e3 * fastest:.0f} ms of CPU time at best"
-
-
-def times_until_fast_enough(bytecode: Path) -> Iterator[float]:
-    """The seconds of at most TRIES imports; the first writes the bytecode that the others read."""
-    for _ in range(TRIES):
-        seconds = import_fastattn(bytecode)["seconds"]
-        yield seconds
-        if seconds <= LIMIT:
-            return
+def test_import_adds_few_modules(bytecode: Path):
+    """What an import costs grows with the files it reads; the time itself is measured by benchmarks/overhead.py."""
+    added = [name for name in import_fastattn(bytecode) if name.startswith("fastattn")]
+    assert len(added) <= 80
+    assert not {name for name in added if name.startswith(("fastattn.testing", "fastattn.simulated_rounding"))}

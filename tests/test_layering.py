@@ -68,7 +68,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "triton",
     ),
     "fastattn.verification": ("=fastattn", "fastattn.errors", "fastattn.testing"),
-    "fastattn.testing": (),
+    "fastattn.testing": ("fastattn.simulated_rounding",),
+    "fastattn.simulated_rounding": (),
     "=fastattn": ("fastattn.autograd", "fastattn.errors", "fastattn.functional", "fastattn.nn"),
     "fastattn.__main__": ("fastattn.cli",),
 }

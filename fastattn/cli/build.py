@@ -9,7 +9,7 @@ import sys
 import time
 
 from fastattn import native
-from fastattn.cli.inspect import show_progress
+from fastattn.cli.progress import Progress
 from fastattn.errors import ArgumentError
 from fastattn.inspection.report import CARDS
 from fastattn.native import archs, cache, plan, workplace
@@ -88,7 +88,11 @@ def build(wanted: plan.Plan, jobs: int | None) -> None:
     """Compiles what changed, and says where the module is."""
     start = time.perf_counter()
     fitting = [module for module in native.built(wanted.target) if set(wanted.archs) <= set(module.archs)]
-    built, is_new = (fitting[0], False) if fitting else cache.build(wanted, jobs, show_progress)
+    if fitting:
+        built, is_new = fitting[0], False
+    else:
+        with Progress(f"{wanted.target} kernels") as progress:
+            built, is_new = cache.build(wanted, jobs, progress)
     native.forget()
     what = f"{wanted.target} kernels for {', '.join(built.archs)}" if built.archs else f"{wanted.target} kernels"
     how = f"compiled by {built.compiler} in {time.perf_counter() - start:.1f} s" if is_new else "were there already"
@@ -112,10 +116,11 @@ def build_triton(chosen: tuple[str, ...], jobs: int | None) -> int:
     start = time.perf_counter()
     total = sum(len(inspection.collect_cases(arch)) for arch in known)
     failed = []
-    for done, (case, report) in enumerate(inspection.inspect(known, workers=jobs), start=1):
-        show_progress(done, total)
-        if report.error:
-            failed.append(f"{report.arch} {case.name}: {report.error.splitlines()[-1]}")
+    with Progress("triton kernels") as progress:
+        for done, (case, report) in enumerate(inspection.inspect(known, workers=jobs), start=1):
+            progress(done, total)
+            if report.error:
+                failed.append(f"{report.arch} {case.name}: {report.error.splitlines()[-1]}")
     print(f"triton kernels for {', '.join(known)}: {total - len(failed)} in {time.perf_counter() - start:.1f} s")
     print(*failed, sep="\n", end="\n" if failed else "", file=sys.stderr)
     return 1 if failed else 0

@@ -10,6 +10,7 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from fastattn.cli.progress import Progress
 from fastattn.errors import ArgumentError
 from fastattn.inspection import cuda
 from fastattn.inspection.report import CARDS, Case, Report, violations
@@ -87,25 +88,20 @@ def inspect_triton(args: argparse.Namespace, archs: list[str], names: list[str],
     modules = args.module or inspection.MODULES
     names += [case.name for arch in archs for case in inspection.collect_cases(arch, modules)]
     total = sum(args.filter in name for name in names)
-    for case, report in inspection.inspect(archs, args.filter, modules, args.workers):
-        results.append(Result(case, report, violations(report, case)))
-        show_progress(len(results), total)
+    with Progress("triton kernels") as progress:
+        for case, report in inspection.inspect(archs, args.filter, modules, args.workers):
+            results.append(Result(case, report, violations(report, case)))
+            progress(len(results), total)
 
 
 def inspect_cuda(args: argparse.Namespace, archs: list[str], names: list[str], results: list[Result]) -> None:
     for arch in archs:
         if arch in cuda.TARGETS:
-            for case, report in cuda.inspect(arch, jobs=args.workers, progress=show_progress):
-                names.append(case.name)
-                if args.filter in case.name:
-                    results.append(Result(case, report, violations(report, case)))
-
-
-def show_progress(done: int, total: int) -> None:
-    if sys.stderr.isatty():
-        filled = 30 * done // max(total, 1)
-        bar = f"{'█' * filled}{'░' * (30 - filled)} {done}/{total}"
-        print(f"\r{bar}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+            with Progress(f"cuda kernels for {arch}") as progress:
+                for case, report in cuda.inspect(arch, jobs=args.workers, progress=progress):
+                    names.append(case.name)
+                    if args.filter in case.name:
+                        results.append(Result(case, report, violations(report, case)))
 
 
 def as_json(result: Result) -> dict[str, object]:

@@ -1,5 +1,7 @@
 # make demo    train a small Transformer twice, with torch.nn and with fastattn, and compare
-# make test    the tests, without those marked slow
+# make test    a third of the cases of every test: five to fifteen minutes
+# make test-all       every case but those marked slow: half an hour and more
+# make test-machines  every case as on other machines: instruction sets, numbers of threads. Hours
 # make lint    style and types
 # make bench   the quick benchmark: a report in out/bench
 # make gpu     everything that a machine with a GPU can tell, in out/gpu: tests, sanitizers, benchmark, tuning. Installs
@@ -21,17 +23,27 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OLDEST_TRITON := $(VENV)/triton-3.6.0
 
-.PHONY: demo test lint bench gpu oldest clean
+.PHONY: demo test test-all test-machines kernels lint bench gpu oldest clean
 
 demo: $(READY)
 	$(BIN)/python examples/train_lm.py $(DEMO_ARGS)
 
-# Without a C++ compiler the native kernels are not there, and their tests are skipped.
 # One thread a worker: the tests are many small calls, and workers share the cores already.
-test: $(READY)
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --progress -m "not slow" -n auto --maxprocesses 8
+
+test: kernels
+	$(PYTEST) --sample $(TEST_ARGS)
+
+test-all: kernels
+	$(PYTEST) $(TEST_ARGS)
+
+test-machines: kernels
+	$(BIN)/python tools/machines.py $(TEST_ARGS)
+
+# Without a C++ compiler the native kernels are not there, and their tests are skipped.
+kernels: $(READY)
 	-$(BIN)/python -m fastattn build --cpu
 	-$(BIN)/python -m fastattn build --emulator
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" -n auto --maxprocesses 8 $(TEST_ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -20,6 +20,7 @@ from fastattn.tracing import is_plain
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _LARGEST_FLOAT: Any = sys.float_info.max
+FARTHEST = 2**62  # a window as wide hides nothing, and sums of positions with it would pass int64
 _ALIGNMENTS = ("top_left", "bottom_right")
 
 
@@ -36,6 +37,15 @@ def check_tensor(fn: str, name: str, value: Any, optional: bool = False) -> None
     if value.layout != torch.strided or value.is_nested:
         layout = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
         raise ArgumentTypeError(f"{fn}: `{name}` has layout {layout}; it must be strided.")
+
+
+def is_causal_bias(t: Any) -> bool:
+    """True for a tensor without numbers that torch.nn.attention.bias's causal_upper_left or causal_lower_right made."""
+    if type(t) is Tensor:
+        return False
+    from torch.nn.attention.bias import CausalBias
+
+    return isinstance(t, CausalBias)
 
 
 def check_float_dtype(fn: str, name: str, dtype: torch.dtype, also: tuple[torch.dtype, ...] = ()) -> None:
@@ -119,7 +129,7 @@ def window_sides(fn: str, window: Any) -> tuple[int | None, int | None]:
             raise ArgumentError(
                 f"{fn}: the {name} side of `window` is {side}; it must be 0 or more, or None for unbounded."
             )
-    left, right = window
+    left, right = (None if isinstance(side, int) and side >= FARTHEST else side for side in window)
     return left, right
 
 
@@ -319,6 +329,11 @@ def check_attention_features(
     for name, t in (("bias", bias), ("mask", mask), ("alibi_slopes", alibi_slopes), ("sinks", sinks)):
         if t is None:
             continue
+        if is_causal_bias(t):
+            raise ArgumentTypeError(
+                f"{fn}: `{name}` is a CausalBias, which holds no numbers; say `causal` instead, "
+                '"top_left" or "bottom_right".'
+            )
         check_tensor(fn, name, t, optional=True)
         check_same_device(fn, name, t.device, "q", q.device)
         if name == "mask":

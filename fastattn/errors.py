@@ -13,6 +13,10 @@ class ArgumentError(FastattnError, ValueError):
     """An argument has a value, shape, device or layout that the function does not accept."""
 
 
+class NoMemoryError(ArgumentError, RuntimeError):
+    """A tensor has elements and no memory that holds them; torch raises a RuntimeError for it."""
+
+
 class ArgumentTypeError(FastattnError, TypeError):
     """An argument has a type or dtype that the function does not accept."""
 

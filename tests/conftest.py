@@ -13,6 +13,7 @@ from pathlib import Path
 import planted_native
 import progress
 import pytest
+import sampling
 import torch
 
 GPU = torch.cuda.is_available()
@@ -26,6 +27,7 @@ if not GPU:  # before fastattn is imported: triton.jit decides at decoration
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--progress", action="store_true", help="one line every few seconds instead of dots")
+    parser.addoption("--sample", action="store_true", help="a third of each test's cases, and none marked thorough")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -33,7 +35,10 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(progress.Progress(config), "progress")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--sample"):
+        items[:], left_out = sampling.sample(items)
+        config.hook.pytest_deselected(items=left_out)
     if not GPU:
         for item in items:
             if "gpu" in item.keywords:

@@ -45,9 +45,9 @@ class Progress:
             return
         self.shown, elapsed = now, now - self.start
         left = elapsed / self.done * (total - self.done)
+        expected = f", about {left:.0f} s left" if self.done > 0.03 * total else ""
         failed = f", {self.failed} failed" if self.failed else ""
         self.terminal.write_line(
-            f"{self.done:5d} of {total} tests ({self.done / total:4.0%}){failed}, "
-            f"{elapsed:.0f} s, about {left:.0f} s left",
+            f"{self.done:5d} of {total} tests ({self.done / total:4.0%}){failed}, {elapsed:.0f} s{expected}",
             flush=True,
         )

@@ -63,6 +63,7 @@ def run(isa: str, flags: tuple[str, ...], chosen: str) -> None:
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[:6000]
 
 
+@pytest.mark.thorough
 def test_no_kernel_leaves_its_memory():
     """AVX2: of AVX-512, masked loads and stores are instructions that AddressSanitizer does not look into."""
     names = [isa.name for isa in EVERY_ISA]

@@ -59,10 +59,12 @@ NARROW = {
 @pytest.mark.parametrize(
     ("arch", "kernels"),
     [
-        ("sm_80", "D128"),
-        ("sm_90", "all"),
+        ("sm_80", "causal/D128"),
+        ("sm_90", "causal/D128"),
         ("sm_100", "causal/D128"),
         ("gfx942", "causal/D128"),
+        pytest.param("sm_80", "D128", marks=pytest.mark.thorough),
+        pytest.param("sm_90", "all", marks=pytest.mark.thorough),
         pytest.param("sm_80", "all", marks=pytest.mark.slow),
         pytest.param("sm_100", "all", marks=pytest.mark.slow),
         pytest.param("gfx942", "all", marks=pytest.mark.slow),

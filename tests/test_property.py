@@ -86,7 +86,11 @@ def check_call(case: cases.Case) -> None:
 
 
 # A minute of the interpreter's time each
-PARTS = [*range(3), *(pytest.param(part, marks=pytest.mark.slow) for part in range(3, 6))]
+PARTS = [
+    0,
+    *(pytest.param(part, marks=pytest.mark.thorough) for part in (1, 2)),
+    *(pytest.param(part, marks=pytest.mark.slow) for part in range(3, 6)),
+]
 
 
 @pytest.mark.parametrize("part", PARTS)

@@ -10,7 +10,8 @@
 //
 // Matrices are (M, N), weight, bias, dweight and dbias (N,), stats (2, M) mean and rstd, of RMSNorm (1, M) rstd.
 // The arithmetic is fp32. A thread takes the mean and the squares about it of what it holds; these are merged by Chan's
-// formula, never E[h²] - E[h]².
+// formula, never E[h²] - E[h]². All are taken of h - pivot, with the mean of the first chunk as the pivot: means that are
+// rounded at the size of h, which may dwarf its spread, would spoil the squares when they are merged.
 //
 // The backward stays: a CTA, or a cluster, takes every P-th row, and sums dweight and dbias in registers into one row
 // of parts (P, N); a second kernel adds these up in order. Rows of more than one chunk add to their row of parts in
@@ -44,22 +45,34 @@ __device__ __forceinline__ void store_row(const Matrix& m, const Place& at, int 
   else if constexpr (sizeof(T) == 2) store<T, E, WHOLE>(row_of<T>(m, at), n0, N, m.wide, value);
 }
 
-// Count, mean and squares of this thread's part of a chunk.
+// Sum of this thread's part of a chunk, which holds 0 beyond the row.
+template <class H, int E, int PACKS, class Planted>
+__device__ __forceinline__ float chunk_sum(const Chunk<H, E, PACKS, Planted>& h) {
+  float sum = 0.f;
+#pragma unroll
+  for (int v = 0; v < PACKS; ++v)
+#pragma unroll
+    for (int i = 0; i < E; ++i) sum += h.pack[v][i];
+  return sum;
+}
+
+// Count, mean and squares of h - pivot in this thread's part of a chunk.
 template <bool WHOLE, class H, int E, int PACKS, class Planted>
 __device__ __forceinline__ Moments chunk_moments(
-    const Chunk<H, E, PACKS, Planted>& h, const Team<Planted>& team, int c, int N) {
+    const Chunk<H, E, PACKS, Planted>& h, float pivot, const Team<Planted>& team, int c, int N) {
   float sum = 0.f, count = 0.f;
 #pragma unroll
   for (int v = 0; v < PACKS; ++v) {
     const int n0 = pack_begin<E, PACKS>(team, c, v, 0);
     if (n0 >= N) continue;
+    const Inside<E, WHOLE> inside(n0, N);
     count += WHOLE || n0 + E <= N ? float(E) : float(N - n0);
 #pragma unroll
-    for (int i = 0; i < E; ++i) sum += h.pack[v][i];
+    for (int i = 0; i < E; ++i) sum += inside[i] ? h.pack[v][i] - pivot : 0.f;
   }
   if (count == 0.f) return {{0.f, 0.f, 0.f}};
   const float share = ptx::rcp_approx(count), mean = sum * share;
-  float squares = 0.f, error = 0.f;  // the mean was rounded at the size of Σ h, which may dwarf the spread of h
+  float squares = 0.f, error = 0.f;  // the mean was rounded
 #pragma unroll
   for (int v = 0; v < PACKS; ++v) {
     const int n0 = pack_begin<E, PACKS>(team, c, v, 0);
@@ -67,7 +80,7 @@ __device__ __forceinline__ Moments chunk_moments(
     const Inside<E, WHOLE> inside(n0, N);
 #pragma unroll
     for (int i = 0; i < E; ++i) {
-      const float centred = inside[i] ? h.pack[v][i] - mean : 0.f;
+      const float centred = inside[i] ? h.pack[v][i] - pivot - mean : 0.f;
       error += centred;
       squares += centred * centred;
     }
@@ -90,6 +103,7 @@ norm_forward_kernel(const __grid_constant__ NormForward p) {
 
     // Pass 1: h, and its statistics
     Moments moments{{0.f, 0.f, 0.f}};
+    float pivot = 0.f;
     for (int c = 0; c <= last; ++c) {
       if (!p.residual.data) {
 #pragma unroll
@@ -121,13 +135,14 @@ norm_forward_kernel(const __grid_constant__ NormForward p) {
 #pragma unroll
           for (int i = 0; i < E; ++i) moments.field[2] += h.pack[v][i] * h.pack[v][i];
       } else {
-        moments = Moments::merge(moments, chunk_moments<WHOLE>(h, team, c, N));
+        if (c == 0) pivot = team.reduce(Sums<1>{{chunk_sum(h)}}).field[0] / max(1, min(N, PACKS * team.width() * E));
+        moments = Moments::merge(moments, chunk_moments<WHOLE>(h, pivot, team, c, N));
       }
     }
     if (p.rms) moments.field[2] = team.reduce(Sums<1>{{moments.squares()}}).field[0];
     else moments = team.reduce(moments);
     h.hold();
-    const float mean = p.rms ? 0.f : moments.mean();
+    const float mean = p.rms ? 0.f : pivot + moments.mean();
     const float rstd = 1.f / sqrtf(moments.squares() / p.walk.N + p.eps);
     if (team.place() == 0 && at.exists) {
       float* stats = p.stats + first + team.group;

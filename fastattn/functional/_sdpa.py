@@ -31,7 +31,8 @@ def scaled_dot_product_attention(
         query: (…, S_q, D); with `enable_gqa` (…, H, S_q, D).
         key: (…, S_k, D); with `enable_gqa` (…, H_kv, S_k, D), H a multiple of H_kv.
         value: (…, S_k, D_v).
-        attn_mask: broadcastable to (…, S_q, S_k): bool, True = attend, or floating, added to the scores.
+        attn_mask: broadcastable to (…, S_q, S_k): bool, True = attend, or floating, added to the scores; or what
+            torch.nn.attention.bias's causal_upper_left and causal_lower_right return.
         dropout_p: dropout on the attention weights; applied whenever it is not 0.
         is_causal: row i sees keys j ≤ i, also for S_q ≠ S_k (torch aligns top-left). Unlike torch's function, it may
             be combined with `attn_mask`.
@@ -74,11 +75,15 @@ def sdpa_arguments(
     for name, t in (("query", query), ("key", key), ("value", value)):
         if not isinstance(t, Tensor) or t.layout is not torch.strided:
             check.check_tensor(fn, name, t)
-    if attn_mask is not None:
-        check.check_tensor(fn, "attn_mask", attn_mask, optional=True)
-        check.check_float_dtype(fn, "attn_mask", attn_mask.dtype, also=(torch.bool,))
     check.check_bool(fn, "is_causal", is_causal)
     check.check_bool(fn, "enable_gqa", enable_gqa)
+    causal: Any = "top_left" if is_causal else False
+    if attn_mask is not None:
+        if check.is_causal_bias(attn_mask):
+            causal, attn_mask = causal_of(fn, attn_mask, query, key, is_causal), None
+        else:
+            check.check_tensor(fn, "attn_mask", attn_mask, optional=True)
+            check.check_float_dtype(fn, "attn_mask", attn_mask.dtype, also=(torch.bool,))
     lead = None
     if not query.dim() == key.dim() == value.dim() == 4 or query.shape[0] != key.shape[0]:
         query, key, value, attn_mask, lead = _four_dims(fn, query, key, value, attn_mask)
@@ -90,9 +95,21 @@ def sdpa_arguments(
     arguments: dict[str, Any] = {"q": query, "k": key, "v": value, "dropout_p": dropout_p, "scale": scale}
     if attn_mask is not None:
         arguments["mask" if attn_mask.dtype == torch.bool else "bias"] = attn_mask
-    if is_causal:
-        arguments["causal"] = "top_left"
+    if causal:
+        arguments["causal"] = causal
     return arguments, lead
+
+
+def causal_of(fn: str, bias: Any, query: Tensor, key: Tensor, is_causal: bool) -> str:
+    """Return the alignment that a torch.nn.attention.bias.CausalBias stands for; it holds no numbers."""
+    if is_causal:
+        raise check.ArgumentError(f"{fn}: `attn_mask` is a CausalBias, so `is_causal` must be False; it is True.")
+    if (bias.seq_len_q, bias.seq_len_kv) != (query.shape[-2], key.shape[-2]):
+        raise check.ArgumentError(
+            f"{fn}: `attn_mask` is a CausalBias for {bias.seq_len_q} queries and {bias.seq_len_kv} keys; `query` has "
+            f"{query.shape[-2]} and `key` has {key.shape[-2]}."
+        )
+    return "top_left" if bias.variant.name == "UPPER_LEFT" else "bottom_right"
 
 
 def _four_dims(fn: str, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None):

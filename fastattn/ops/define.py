@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
-from fastattn.errors import UnsupportedError
+from fastattn.errors import NoMemoryError, UnsupportedError
 from fastattn.ops.custom_ops import as_tuple, backward_op, forward_op
 from fastattn.ops.differentiate import Tensors, forward_mode, jvp, vjp, without_tangents
 from fastattn.ops.functions import (
@@ -36,7 +36,7 @@ from fastattn.ops.functions import (
     transformable_function,
 )
 from fastattn.spec import Spec
-from fastattn.tracing import is_plain
+from fastattn.tracing import is_plain, without_memory
 
 Mapped = tuple[Tensors, tuple[int, ...]]  # outputs and the dimension of each that vmap added
 CANNOT_BE_DIFFERENTIATED_AGAIN = "its gradient cannot be differentiated again; backend='eager' computes that."
@@ -103,6 +103,7 @@ class Operator:
         self._is_last = d.reference_backward is None and not set(self.input_names) <= set(d.saved)
         self._recycled = d.recycled and (self.input_names.index(d.recycled[0]), d.saved.index(d.recycled[1]))
         self._passed = d.passed and (self.input_names.index(d.passed[0]), d.outputs.index(d.passed[1]))
+        self._untraceable = "[]" in d.scalars  # torch.jit.trace has no lists of booleans or symbolic integers
         self._eager = eager_function(self)
         self.function = transformable_function(self)
         self.backward_function = transformable_backward(self)
@@ -116,6 +117,8 @@ class Operator:
                 return self._eager.apply(*inputs, spec, backend)
             return self.run(inputs, spec, backend)
         if torch.compiler.is_compiling() or not _transformed():
+            if self._untraceable and torch._C._get_tracing_state() is not None:
+                return self.definition.reference(inputs, spec)
             return self.call_custom(inputs, spec, backend)
         return self.function.apply(*inputs, spec, backend)
 
@@ -123,11 +126,22 @@ class Operator:
 
     def run(self, inputs: Tensors, spec: Spec, backend: str) -> Tensors:
         """The outputs; one that works in place is the input itself, which autograd is told has changed."""
+        self.check_memory(inputs, self.input_names, spec)
         outputs = self.definition.allocate(inputs, spec)
         self.definition.launch(outputs, inputs, spec, backend)
         if overwritten := in_place(inputs, outputs):
             increment_version(overwritten)
         return outputs
+
+    @staticmethod
+    def check_memory(tensors: Tensors, names: Sequence[str], spec: Spec) -> None:
+        """Refuse a tensor whose memory was given back: a kernel would take its address, 0, for an absent tensor."""
+        for t, name in zip(tensors, names, strict=True):
+            if t is not None and without_memory(t):
+                raise NoMemoryError(
+                    f"{spec.op}: `{name}` has shape {tuple(t.shape)} and no memory; its storage was freed or never "
+                    "allocated (under FSDP, use a parameter inside its module's forward)."
+                )
 
     def saved(self, inputs: Tensors, outputs: Tensors, spec: Spec) -> Tensors:
         everything = inputs + outputs
@@ -152,6 +166,8 @@ class Operator:
         self, grads: Tensors, saved: Tensors, wanted: Sequence[bool], spec: Spec, backend: str, last: bool = False
     ) -> Tensors:
         """The gradient of each input, in memory of its own; None where it is not wanted."""
+        self.check_memory(grads, self.definition.outputs, spec)
+        self.check_memory(saved, self.definition.saved, spec)
         by_name = dict(zip(self.definition.saved, saved, strict=True))
         if last and self._recycled is not None and wanted[self._recycled[0]]:
             i, j = self._recycled

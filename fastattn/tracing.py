@@ -7,19 +7,16 @@ from torch.autograd import forward_ad
 
 _PLAIN_TYPES = frozenset({torch.Tensor, torch.nn.Parameter})
 _DEVICES = ("CPU", "CUDA", "XPU", "HPU", "MPS", "MTIA", "PrivateUse1")
-_ORDINARY_KEYS = {
-    "ADInplaceOrView",
-    *(f"{kind}{device}" for kind in ("", "Autograd", "Autocast") for device in _DEVICES),
-}
-_ordinary: dict[int, bool] = {}  # by the bits of a set of dispatch keys
+_ORDINARY_KEYS = {"ADInplaceOrView"} | {f"{key}{device}" for key in ("", "Autograd", "Autocast") for device in _DEVICES}
 
 
 def is_plain(*tensors: torch.Tensor | None) -> bool:
     """True if nothing watches, and each tensor is an ordinary dense one.
 
-    A compiler, a functorch transform, forward-mode AD, a dispatch mode or torch.jit.trace watches. What is ordinary is
-    listed, not what is not: a tensor with any other dispatch key (a subclass, nested, sparse, meta, fake, batched by
-    autograd's is_grads_batched, a view whose sign is still to be changed, a tensor of zeros without memory) is none.
+    A compiler, a functorch transform, forward-mode AD, a dispatch mode or torch.jit.trace watches. An ordinary tensor
+    is no subclass, has memory to point to, or no elements, and that memory holds its numbers as they are. A tensor that
+    is_grads_batched batches, a nested, sparse, meta or fake one, a tensor of zeros without memory and a view whose sign
+    is still to be changed are none.
     """
     if (
         torch.compiler.is_compiling()
@@ -29,19 +26,22 @@ def is_plain(*tensors: torch.Tensor | None) -> bool:
         or torch._C._get_tracing_state() is not None
     ):
         return False
-    for t in tensors:
-        if t is not None and (type(t) not in _PLAIN_TYPES or not _is_ordinary(t)):
-            return False
+    try:
+        for t in tensors:
+            if t is not None:
+                if type(t) not in _PLAIN_TYPES or t.is_neg() or t.is_nested:
+                    return False
+                if not t.data_ptr() and not _is_ordinary(t):
+                    return False
+    except RuntimeError:  # of data_ptr, where there is nothing that it could return
+        return False
     return True
 
 
 def _is_ordinary(t: torch.Tensor) -> bool:
-    keys = torch._C._dispatch_keys(t)
-    bits = keys.raw_repr()
-    if (known := _ordinary.get(bits)) is None:
-        names = str(keys).removeprefix("DispatchKeySet(").removesuffix(")").split(", ")
-        known = _ordinary[bits] = set(names) <= _ORDINARY_KEYS
-    return known
+    """True if torch dispatches the tensor by its device alone; this takes longer than to look at its address."""
+    names = str(torch._C._dispatch_keys(t)).removeprefix("DispatchKeySet(").removesuffix(")").split(", ")
+    return set(names) <= _ORDINARY_KEYS
 
 
 def without_memory(t: torch.Tensor) -> bool:

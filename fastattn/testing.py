@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from fastattn.simulated_rounding import SimulatedRounding
 
-ENOUGH = 32  # numbers whose root mean square is not left to chance
+ENOUGH = 32  # numbers whose root mean square, and whose largest error, is not left to chance
+MANY = 10_000  # numbers that take long to compute often
 LAYOUTS = ("contiguous", "heads_inside", "packed", "strided")
 
 
@@ -76,8 +77,11 @@ def _errors(actual: Tensor, exact: Tensor) -> Tensor:
     return torch.where(same, 0.0, (actual - exact).abs()).nan_to_num(nan=torch.inf, posinf=torch.inf)
 
 
-def simulate_rounding(function: Callable[[], Any], draws: int = 2) -> Any:
+def simulate_rounding(function: Callable[[], Any], draws: int | None = None) -> Any:
     """Return what `function` returns, with `draws` roundings of each tensor stacked in a new first dimension.
+
+    By default there are 2 draws, and 8 where a tensor has few numbers and all together are not many: the largest error
+    of few numbers is left to chance.
 
     Every operation of torch that `function` calls, a backward pass too, is computed in float64 and rounded to the dtype
     that it returns, up or down at random (`fastattn.simulated_rounding`). The numbers are the same on every machine.
@@ -87,11 +91,16 @@ def simulate_rounding(function: Callable[[], Any], draws: int = 2) -> Any:
         >>> simulate_rounding(lambda: x.softmax(-1)).shape
         torch.Size([2, 4, 8])
     """
-    results = []
-    for draw in range(draws):
-        with SimulatedRounding(draw):
+    results: list[Any] = []
+    while len(results) < (draws or _draws(results)):
+        with SimulatedRounding(draw=len(results)):
             results.append(function())
     return tree_map(lambda *same: torch.stack(same) if isinstance(same[0], Tensor) else same[0], *results)
+
+
+def _draws(results: Sequence[Any]) -> int:
+    sizes = [t.numel() for t in tree_leaves(results[:1]) if isinstance(t, Tensor) and t.numel()]
+    return 8 if min(sizes, default=ENOUGH) < ENOUGH and sum(sizes) < MANY else 2
 
 
 def assert_close(

@@ -350,3 +350,90 @@ def test_layers_call_what_a_user_has_put_on_an_instance_or_on_all_modules(kind, 
         torch.testing.assert_close(layer(*inputs), theirs(*inputs))
     finally:
         handle.remove()
+
+
+class Seen(Exception):
+    """What an extension point was given."""
+
+
+def _raise(*args, **kwargs):
+    raise Seen(*args, kwargs)
+
+
+def _own_block(layer):
+    layer.__class__ = type(
+        "Own", (type(layer),), {"_sa_block": lambda self, x, *masks, is_causal: _raise(*masks, is_causal)}
+    )
+
+
+def _own_attention(layer):
+    class Attention(nn.MultiheadAttention):
+        def forward(self, query, key, value, **given):
+            _raise(given["attn_mask"], given["key_padding_mask"], given["is_causal"])
+
+    layer.self_attn = Attention(E, H, batch_first=True)
+
+
+def _hooked_attention(layer):
+    def hook(module, args, given):
+        _raise(given["attn_mask"], given["key_padding_mask"], given["is_causal"])
+
+    layer.self_attn.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _own_forward(layer):
+    def forward(self, src, src_mask=None, src_key_padding_mask=None, is_causal=False):
+        _raise(src_mask, src_key_padding_mask, is_causal)
+
+    layer.__class__ = type("Own", (type(layer),), {"forward": forward})
+
+
+def _hooked_layer(layer):
+    def hook(module, args, given):
+        _raise(given["src_mask"], given["src_key_padding_mask"], given["is_causal"])
+
+    layer.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+@pytest.mark.parametrize("masks", ["bool", "float", "none"])
+@pytest.mark.parametrize("change", [_own_block, _own_attention, _hooked_attention, _own_forward, _hooked_layer])
+@pytest.mark.filterwarnings("ignore:Support for mismatched")
+def test_an_extension_point_receives_the_masks_that_torch_hands_it(change, masks):
+    """Floating-point ones: a bool mask that a user's own block adds to a bias of the scores would show the future."""
+    x = torch.randn(N, L, E)
+    mask = {"bool": BOOL_CAUSAL, "float": FLOAT_CAUSAL.float(), "none": None}[masks]
+    padding = None if masks == "none" else PAD
+    seen = []
+    for library in (nn, ours):
+        layer = library.TransformerEncoderLayer(E, H, FF, dropout=0.0, batch_first=True)
+        change(layer)
+        encoder = library.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        for module in (encoder, layer):
+            if module is layer and change is _hooked_layer:
+                continue
+            with pytest.raises(Seen) as raised:
+                module(x, mask, src_key_padding_mask=padding)
+            seen.append(raised.value.args[:3])
+    half = len(seen) // 2
+    for theirs, mine in zip(seen[:half], seen[half:], strict=True):
+        assert theirs[2] == mine[2]
+        for expected, given in zip(theirs[:2], mine[:2], strict=True):
+            assert (expected is None) == (given is None)
+            if expected is not None:
+                assert given.dtype == expected.dtype
+                assert torch.equal(given, expected)
+
+
+def test_a_block_that_adds_a_bias_to_a_bool_mask_does_not_show_the_future():
+    class Relative(ours.TransformerEncoderLayer):
+        def _sa_block(self, x, attn_mask, key_padding_mask, is_causal=False):
+            bias = torch.linspace(-1, 1, L * L).view(L, L)
+            return self.self_attn(x, x, x, attn_mask=attn_mask + bias, need_weights=False)[0]
+
+    torch.manual_seed(0)
+    layer = Relative(E, H, FF, dropout=0.0, batch_first=True)
+    x = torch.randn(N, L, E)
+    later = x.clone()
+    later[:, 1:] += 1.0
+    outputs = [layer(t, BOOL_CAUSAL)[:, 0] for t in (x, later)]
+    torch.testing.assert_close(*outputs)

@@ -12,7 +12,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from fastattn.functional import dropout_add
 from fastattn.functional._plan import has_kernels
-from fastattn.nn.attention import MultiheadAttention
+from fastattn.nn.attention import MultiheadAttention, _be_called
 from fastattn.nn.norm import LayerNorm, RMSNorm
 
 Activation: TypeAlias = str | Callable[[Tensor], Tensor]
@@ -100,7 +100,10 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        # torch's forward turns bool masks into floating-point ones; here they stay bool all the way to the kernel.
+        # torch's forward turns bool masks into floating-point ones. Here they stay bool all the way to the kernel,
+        # unless a block or an attention that somebody else wrote receives them.
+        if not (_keeps(self, "_sa_block") and _is_our_attention(self.self_attn)):
+            src_mask, src_key_padding_mask = _additive(src_mask, src_key_padding_mask, src.dtype, "src_mask")
         mask = {"attn_mask": src_mask, "key_padding_mask": src_key_padding_mask, "is_causal": is_causal}
         attend, feed = _self_attention(self, mask), _feed_forward(self, self.dropout2)
         x = src
@@ -241,9 +244,12 @@ class TransformerEncoder(nn.TransformerEncoder):
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool | None = None,
     ) -> Tensor:
-        # As in the layer, bool masks stay bool; and there is no conversion to nested tensors.
+        # As in the layer, bool masks stay bool, unless a layer that somebody else wrote receives them; and there is no
+        # conversion to nested tensors.
         if is_causal is None:
             is_causal = _is_causal(mask)
+        if not all(map(_runs_our_forward, self.layers)):
+            mask, src_key_padding_mask = _additive(mask, src_key_padding_mask, src.dtype, "mask")
         x = src
         for layer in self.layers:
             x = layer(x, src_mask=mask, src_key_padding_mask=src_key_padding_mask, is_causal=is_causal)
@@ -381,9 +387,39 @@ def _keeps(layer: nn.Module, block: str) -> bool:
     return any(getattr(type(layer), block) is getattr(base, block) for base in _LAYERS if isinstance(layer, base))
 
 
+def _additive(
+    mask: Tensor | None, key_padding_mask: Tensor | None, dtype: torch.dtype, name: str
+) -> tuple[Tensor | None, Tensor | None]:
+    """Both masks as torch's encoder hands them on: floating-point, -inf where a bool one is True."""
+    padding = F._canonical_mask(
+        key_padding_mask, "src_key_padding_mask", F._none_or_dtype(mask), other_name=name, target_type=dtype
+    )
+    return F._canonical_mask(mask, name, None, "", dtype, check_other=False), padding
+
+
+def _is_our_attention(module: nn.Module) -> bool:
+    """True if a call of the module is our attention and nothing more; its own hook does nothing."""
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return (
+        type(module) is MultiheadAttention
+        and all(hook is _be_called for hook in hooks)
+        and "forward" not in module.__dict__
+        and not _has_any_global_hook()
+    )
+
+
+def _runs_our_forward(layer: nn.Module) -> bool:
+    """True if a call of the encoder layer is our forward; a subclass may have other blocks, which that hands on to."""
+    hooks = layer._forward_hooks or layer._forward_pre_hooks or _has_any_global_hook()
+    return type(layer).forward is TransformerEncoderLayer.forward and "forward" not in layer.__dict__ and not hooks
+
+
 def _self_attention(layer: Any, mask: dict[str, Any]) -> Callable[[Tensor], Branch]:
     if not _keeps(layer, "_sa_block"):
-        return lambda x: (layer._sa_block(x, *mask.values()), None)
+        *masks, is_causal = mask.values()
+        named = {"is_causal": is_causal} if isinstance(layer, nn.TransformerEncoderLayer) else {}  # as torch calls them
+        masks += [] if named else [is_causal]
+        return lambda x: (layer._sa_block(x, *masks, **named), None)
     return lambda x: (layer.self_attn(x, x, x, need_weights=False, **mask)[0], layer.dropout1)
 
 

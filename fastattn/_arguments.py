@@ -6,6 +6,7 @@ The `*_spec` functions see shapes, dtypes and plain values, not tensors, so that
 from __future__ import annotations
 
 import numbers
+import operator
 import sys
 from collections.abc import Sequence
 from itertools import pairwise
@@ -72,9 +73,29 @@ def check_real(fn: str, name: str, value: Any, optional: bool = False) -> None:
         raise ArgumentError(f"{fn}: `{name}` is {given}; it must be finite.")
 
 
-def check_bool(fn: str, name: str, value: Any) -> None:
-    if not isinstance(value, bool):
+def check_bool(fn: str, name: str, value: Any) -> bool:
+    """Return the truth value of True, False or one of numpy's."""
+    if isinstance(value, bool):
+        return value
+    if not is_numpy_bool(value):
         raise ArgumentTypeError(f"{fn}: `{name}` is {kind(value)}; it must be True or False.")
+    return bool(value)
+
+
+def is_numpy_bool(value: Any) -> bool:
+    return type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_")
+
+
+def integer(value: Any) -> Any:
+    """Return an int or SymInt as it is, an integer of another type (numpy's) as an int, and None for all else."""
+    if isinstance(value, (int, torch.SymInt)):
+        return None if isinstance(value, bool) else value
+    if isinstance(value, Tensor):  # its value may change, and what is planned for a call is remembered
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
 
 
 def check_dropout_p(fn: str, value: Any) -> None:
@@ -95,6 +116,8 @@ def check_broadcast(fn: str, name: str, shape: Sequence[int], target: Sequence[i
 
 def alignment(fn: str, causal: Any, S_q: int, S_k: int) -> tuple[bool, bool]:
     """-> (is it causal, is the diagonal top-left)."""
+    if not isinstance(causal, (bool, str)) and is_numpy_bool(causal):
+        causal = bool(causal)
     if causal is False:
         return False, False
     if causal is True:
@@ -118,19 +141,21 @@ def window_sides(fn: str, window: Any) -> tuple[int | None, int | None]:
         raise ArgumentTypeError(
             f"{fn}: `window` is {given}; it must be None or a pair (left, right), None for unbounded."
         )
-    for name, side in zip(("left", "right"), window, strict=True):
-        if side is None:
-            continue
-        if not isinstance(side, (int, torch.SymInt)) or isinstance(side, bool):
-            raise ArgumentTypeError(
-                f"{fn}: the {name} side of `window` is {kind(side)}; it must be an int, or None for unbounded."
-            )
-        if side < 0:
-            raise ArgumentError(
-                f"{fn}: the {name} side of `window` is {side}; it must be 0 or more, or None for unbounded."
-            )
-    left, right = (None if isinstance(side, int) and side >= FARTHEST else side for side in window)
-    return left, right
+    return _window_side(fn, "left", window[0]), _window_side(fn, "right", window[1])
+
+
+def _window_side(fn: str, name: str, given: Any) -> int | None:
+    if given is None:
+        return None
+    if (side := integer(given)) is None:
+        raise ArgumentTypeError(
+            f"{fn}: the {name} side of `window` is {kind(given)}; it must be an int, or None for unbounded."
+        )
+    if side < 0:
+        raise ArgumentError(
+            f"{fn}: the {name} side of `window` is {side}; it must be 0 or more, or None for unbounded."
+        )
+    return None if isinstance(side, int) and side >= FARTHEST else side
 
 
 def attention_shapes(fn: str, q: Sequence[int], k: Sequence[int], v: Sequence[int]) -> None:
@@ -236,7 +261,7 @@ def check_max_seqlen(fn: str, name: str, value: Any) -> None:
             )
         if value.numel() != 1:
             raise ArgumentError(f"{fn}: `{name}` is a tensor of shape {tuple(value.shape)}; it must be {accepted}.")
-    elif not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
+    elif integer(value) is None:
         raise ArgumentTypeError(f"{fn}: `{name}` is {kind(value)}; it must be {accepted}.")
     elif value < 0:
         raise ArgumentError(f"{fn}: `{name}` is {value}; it must be 0 or more.")
@@ -402,8 +427,8 @@ def fp8_scales(fn: str, spec: AttentionSpec, B: int, tensors: Sequence[Tensor | 
 
 def row_shape(fn: str, normalized_shape: Any) -> tuple:
     """The last dimensions of x that a norm runs over, one for an integer."""
-    if isinstance(normalized_shape, (int, torch.SymInt)):
-        return (normalized_shape,)
+    if (size := integer(normalized_shape)) is not None:
+        return (size,)
     if not isinstance(normalized_shape, (tuple, list)):
         raise ArgumentTypeError(
             f"{fn}: `normalized_shape` is {kind(normalized_shape)}; it must be an int or a list or tuple of ints."
@@ -419,7 +444,7 @@ def norm_spec(
     x_shape, x_dtype, x_device = x
     check_float_dtype(fn, "x", x_dtype)
     for n in normalized_shape:
-        if not isinstance(n, (int, torch.SymInt)):
+        if integer(n) is None:
             raise ArgumentTypeError(
                 f"{fn}: `normalized_shape` holds {kind(n)}; it must be an int or a list or tuple of ints."
             )
@@ -471,8 +496,9 @@ def norm_spec(
 
 def softmax_spec(fn: str, x: Sequence[int], dtype, dim, scale, causal, mask: bool, inplace: bool) -> SoftmaxSpec:
     check_float_dtype(fn, "x", dtype)
-    if not isinstance(dim, int) or isinstance(dim, bool):
+    if (known := integer(dim)) is None:
         raise ArgumentTypeError(f"{fn}: `dim` is {kind(dim)}; it must be an int.")
+    dim = known
     n = max(len(x), 1)  # a 0-d tensor counts as one of length 1, as in torch
     if not -n <= dim < n:
         raise ArgumentError(

@@ -172,3 +172,64 @@ def test_a_window_wider_than_int64_hides_nothing(side, backend, device):
         for dtype in (torch.float32, torch.float64):
             reference = fastattn.attention(q.to(dtype), k.to(dtype), k.to(dtype), window=window, backend="reference")
             torch.testing.assert_close(reference.to(expected.dtype), expected)
+
+
+def test_integers_and_truth_values_of_numpy():
+    """torch takes them wherever it takes Python's."""
+    numpy = pytest.importorskip("numpy")
+    q, k = make_inputs((1, 4, 6, 16), (1, 2, 9, 16))
+    assert torch.equal(
+        fastattn.attention(q, k, k, window=(numpy.int64(2), numpy.int32(1))), fastattn.attention(q, k, k, window=(2, 1))
+    )
+    assert torch.equal(fastattn.attention(q, q, q, causal=numpy.True_), fastattn.attention(q, q, q, causal=True))
+    sdpa = fastattn.scaled_dot_product_attention
+    assert torch.equal(
+        sdpa(q, k, k, is_causal=numpy.True_, enable_gqa=numpy.True_), sdpa(q, k, k, is_causal=True, enable_gqa=True)
+    )
+    assert torch.equal(fastattn.softmax(q, numpy.int64(1)), fastattn.softmax(q, 1))
+    for shape in (numpy.int64(16), (numpy.int64(6), numpy.int32(16)), [numpy.int64(16)]):
+        plain = int(shape) if not isinstance(shape, (tuple, list)) else tuple(map(int, shape))
+        assert torch.equal(fastattn.layer_norm(q, shape), fastattn.layer_norm(q, plain))
+        assert torch.equal(fastattn.rms_norm(q, shape), fastattn.rms_norm(q, plain))
+    logits, target = q[0, 0], torch.tensor([0, 3, 2, 3, 1, 0])
+    for function, first in ((fastattn.cross_entropy, (logits,)), (fastattn.linear_cross_entropy, (logits, k[0, 0]))):
+        assert torch.equal(
+            function(*first, target, ignore_index=numpy.int64(3)), function(*first, target, ignore_index=3)
+        )
+        with pytest.raises(ArgumentError, match="`ignore_index` is 1180591620717411303424; it must fit into 64 bits"):
+            function(*first, target, ignore_index=2**70)
+    for wrong in (True, numpy.True_, 1.0, numpy.float64(1.0), "1", torch.tensor(1)):
+        with pytest.raises(ArgumentTypeError, match="`dim` is"):
+            fastattn.softmax(q, wrong)
+
+
+@pytest.mark.parametrize("gqa", [False, True])
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        ((4, 6, 16), (2, 9, 16), (2, 9, 8)),
+        ((4, 6, 16), (4, 9, 16), (4, 9, 8)),
+        ((3, 4, 6, 16), (3, 4, 9, 16), (1, 4, 9, 8)),
+        ((3, 4, 6, 16), (1, 4, 9, 16), (3, 4, 9, 8)),
+    ],
+    ids=str,
+)
+def test_shapes_that_torch_takes(shapes, gqa):
+    """Grouped heads without a batch; a batch of one of the three alone."""
+    q, k, v = make_inputs(*shapes)
+    if not gqa and q.shape[-3] != k.shape[-3]:
+        with pytest.raises(ArgumentError):
+            fastattn.scaled_dot_product_attention(q, k, v)
+        return
+    expected = F.scaled_dot_product_attention(q, k, v, enable_gqa=gqa)
+    torch.testing.assert_close(fastattn.scaled_dot_product_attention(q, k, v, enable_gqa=gqa), expected)
+
+
+@pytest.mark.parametrize("function", [fastattn.softmax, fastattn.log_softmax], ids=lambda f: f.__name__)
+def test_an_inference_tensor_is_written_over_in_inference_mode_alone(function):
+    with torch.inference_mode():
+        x = torch.randn(4, 40)
+        expected = function(x)
+        assert function(x.clone(), inplace=True).equal(expected)
+    with pytest.raises(ArgumentError, match="`x` is an inference tensor"):
+        function(x, inplace=True)

@@ -204,8 +204,11 @@ def loss_spec(
 
 
 def checked_options(fn: str, probabilities: bool, ignore_index, reduction, label_smoothing, z_loss, softcap) -> tuple:
-    if not isinstance(ignore_index, (int, torch.SymInt)) or isinstance(ignore_index, bool):
+    if (index := check.integer(ignore_index)) is None:
         raise ArgumentTypeError(f"{fn}: `ignore_index` is {kind(ignore_index)}; it must be an int.")
+    ignore_index = index
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ArgumentError(f"{fn}: `ignore_index` is {ignore_index}; it must fit into 64 bits, as classes do.")
     if probabilities and ignore_index >= 0:
         raise ArgumentError(
             f"{fn}: `ignore_index` is {ignore_index}; with probabilities as target it must be negative."
@@ -397,8 +400,9 @@ def linear_cross_entropy_spec(
     if bias is not None and tuple(bias[0]) != (V,):
         raise ArgumentError(f"{fn}: `bias` has shape {tuple(bias[0])}; it must be (V,) = ({V},).")
     if chunk_size is not None:
-        if not isinstance(chunk_size, int) or isinstance(chunk_size, bool):
+        if (size := check.integer(chunk_size)) is None:
             raise ArgumentTypeError(f"{fn}: `chunk_size` is {kind(chunk_size)}; it must be an int or None.")
+        chunk_size = size
         if chunk_size < 1:
             raise ArgumentError(f"{fn}: `chunk_size` is {chunk_size}; it must be 1 or more, or None.")
     # Rows may have any number of dimensions; with the classes last they are those of `loss_spec` as (N, V).

@@ -15,6 +15,11 @@ from fastattn.tracing import is_plain
 def check_overwritten(fn: str, tensors: dict[str, Tensor]) -> None:
     """Refuses to write over leaves that want a gradient, and over memory that is met twice."""
     for name, t in tensors.items():
+        if is_plain(t) and t.is_inference() and not torch.is_inference_mode_enabled():
+            raise ArgumentError(
+                f"{fn}: `{name}` is an inference tensor, which is written over inside torch.inference_mode() alone; "
+                "leave out `inplace`, or clone it."
+            )
         if t.requires_grad and t.is_leaf and torch.is_grad_enabled():
             raise ArgumentError(
                 f"{fn}: `{name}` is a leaf that requires a gradient, and cannot be written over; leave out `inplace`."

@@ -75,8 +75,8 @@ def sdpa_arguments(
     for name, t in (("query", query), ("key", key), ("value", value)):
         if not isinstance(t, Tensor) or t.layout is not torch.strided:
             check.check_tensor(fn, name, t)
-    check.check_bool(fn, "is_causal", is_causal)
-    check.check_bool(fn, "enable_gqa", enable_gqa)
+    is_causal = check.check_bool(fn, "is_causal", is_causal)
+    enable_gqa = check.check_bool(fn, "enable_gqa", enable_gqa)
     causal: Any = "top_left" if is_causal else False
     if attn_mask is not None:
         if check.is_causal_bias(attn_mask):
@@ -85,8 +85,8 @@ def sdpa_arguments(
             check.check_tensor(fn, "attn_mask", attn_mask, optional=True)
             check.check_float_dtype(fn, "attn_mask", attn_mask.dtype, also=(torch.bool,))
     lead = None
-    if not query.dim() == key.dim() == value.dim() == 4 or query.shape[0] != key.shape[0]:
-        query, key, value, attn_mask, lead = _four_dims(fn, query, key, value, attn_mask)
+    if not query.dim() == key.dim() == value.dim() == 4 or not query.shape[0] == key.shape[0] == value.shape[0]:
+        query, key, value, attn_mask, lead = _four_dims(fn, query, key, value, attn_mask, enable_gqa)
     if not enable_gqa and query.shape[1] != key.shape[1]:
         raise check.ArgumentError(
             f"{fn}: `query` has {query.shape[1]} heads and `key` has {key.shape[1]}; "
@@ -112,14 +112,15 @@ def causal_of(fn: str, bias: Any, query: Tensor, key: Tensor, is_causal: bool) -
     return "top_left" if bias.variant.name == "UPPER_LEFT" else "bottom_right"
 
 
-def _four_dims(fn: str, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None):
+def _four_dims(fn: str, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, enable_gqa: bool):
     """Any leading dimensions, broadcast against each other, as (B, H)."""
     for name, t in (("query", query), ("key", key), ("value", value)):
         if t.dim() < 2:
             raise check.ArgumentError(
                 f"{fn}: `{name}` has shape {tuple(t.shape)}; it must have at least two dimensions."
             )
-    has_heads = max(query.dim(), key.dim(), value.dim()) > 3
+    longest = max(query.dim(), key.dim(), value.dim())
+    has_heads = longest > 3 or (longest == 3 and enable_gqa)
     n_last = 3 if has_heads else 2
     try:
         lead = torch.broadcast_shapes(query.shape[:-n_last], key.shape[:-n_last], value.shape[:-n_last])

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastattn.errors import ArgumentError, ArgumentTypeError, UnsupportedError, kind
+from fastattn.errors import ArgumentError, ArgumentIndexError, ArgumentTypeError, UnsupportedError, kind
 from fastattn.spec import AttentionSpec, NormSpec, SoftmaxSpec
 from fastattn.tracing import is_plain
 
@@ -501,7 +501,7 @@ def softmax_spec(fn: str, x: Sequence[int], dtype, dim, scale, causal, mask: boo
     dim = known
     n = max(len(x), 1)  # a 0-d tensor counts as one of length 1, as in torch
     if not -n <= dim < n:
-        raise ArgumentError(
+        raise ArgumentIndexError(
             f"{fn}: `dim` is {dim}; for an x of {len(x)} dimensions it must lie between {-n} and {n - 1}."
         )
     check_real(fn, "scale", scale)

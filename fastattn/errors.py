@@ -9,16 +9,23 @@ class FastattnError(Exception):
     """Base of every error that is fastattn's own."""
 
 
-class ArgumentError(FastattnError, ValueError):
-    """An argument has a value, shape, device or layout that the function does not accept."""
+class ArgumentError(FastattnError, ValueError, RuntimeError):
+    """An argument has a value, shape, device or layout that the function does not accept.
+
+    It is a RuntimeError too, as torch raises for most of these, so that `except` clauses keep catching.
+    """
 
 
-class NoMemoryError(ArgumentError, RuntimeError):
+class ArgumentIndexError(ArgumentError, IndexError):
+    """A dimension or a class does not exist; torch raises an IndexError for it."""
+
+
+class NoMemoryError(ArgumentError):
     """A tensor has elements and no memory that holds them; torch raises a RuntimeError for it."""
 
 
-class ArgumentTypeError(FastattnError, TypeError):
-    """An argument has a type or dtype that the function does not accept."""
+class ArgumentTypeError(FastattnError, TypeError, RuntimeError):
+    """An argument has a type or dtype that the function does not accept; for a dtype torch raises a RuntimeError."""
 
 
 class UnsupportedError(FastattnError, NotImplementedError):

@@ -22,7 +22,7 @@ from torch.testing._internal.common_modules import module_db
 
 import fastattn
 from fastattn import nn
-from fastattn.errors import ArgumentError, ArgumentTypeError, FastattnError, UnsupportedError
+from fastattn.errors import ArgumentError, ArgumentIndexError, ArgumentTypeError, FastattnError, UnsupportedError
 from fastattn.testing import assert_close, make_inputs, simulate_rounding
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
@@ -409,7 +409,7 @@ WRONG = {
     "target_shape": ((X, T[:2]), {}, ArgumentError, "`target` has shape (2,)"),
     "target_bool": ((X, T > 0), {}, ArgumentTypeError, "`target` has dtype bool"),
     "target_probabilities": ((X, X[:2]), {}, ArgumentError, "`target` has shape (2, 5)"),
-    "target_class": ((X, T + 3), {}, ArgumentError, "`target` holds 5"),
+    "target_class": ((X, T + 3), {}, ArgumentIndexError, "`target` holds 5"),
     "weight_shape": ((X, T, X[0, :4]), {}, ArgumentError, "`weight` has shape (4,)"),
     "weight_int": ((X, T, T), {}, ArgumentTypeError, "`weight` has dtype int64"),
     "ignore_float": ((X, T), {"ignore_index": 1.0}, ArgumentTypeError, "`ignore_index` is a float"),

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastattn
 from fastattn import nn
 from fastattn.backends.triton import linear_cross_entropy as triton_backend
-from fastattn.errors import ArgumentError, ArgumentTypeError, FastattnError, UnsupportedError
+from fastattn.errors import ArgumentError, ArgumentIndexError, ArgumentTypeError, FastattnError, UnsupportedError
 from fastattn.spec import CrossEntropySpec, LinearCrossEntropySpec
 from fastattn.testing import assert_close, make_inputs, simulate_rounding
 
@@ -345,7 +345,7 @@ WRONG = {
     "weight_dtype": ((H, W.double(), T), {}, ArgumentTypeError, "`weight` has dtype float64"),
     "bias_shape": ((H, W, T, torch.zeros(4)), {}, ArgumentError, "`bias` has shape (4,)"),
     "target_shape": ((H, W, T[:2]), {}, ArgumentError, "`target` has shape (2,)"),
-    "target_class": ((H, W, T + 3), {}, ArgumentError, "`target` holds 5"),
+    "target_class": ((H, W, T + 3), {}, ArgumentIndexError, "`target` holds 5"),
     "class_weight": ((H, W, T), {"class_weight": torch.zeros(4)}, ArgumentError, "`class_weight` has shape (4,)"),
     "chunk_zero": ((H, W, T), {"chunk_size": 0}, ArgumentError, "`chunk_size` is 0"),
     "chunk_float": ((H, W, T), {"chunk_size": 2.0}, ArgumentTypeError, "`chunk_size` is a float"),

@@ -233,3 +233,25 @@ def test_an_inference_tensor_is_written_over_in_inference_mode_alone(function):
         assert function(x.clone(), inplace=True).equal(expected)
     with pytest.raises(ArgumentError, match="`x` is an inference tensor"):
         function(x, inplace=True)
+
+
+CLASSES = torch.tensor([0, 9, 1])
+# name -> a call that is wrong, of this library's functions and of torch's
+RAISED_BY_TORCH = {
+    "a dimension of softmax": lambda f, x: f.softmax(x, 5),
+    "a dimension of log_softmax": lambda f, x: f.log_softmax(x, -4),
+    "a class": lambda f, x: f.cross_entropy(x[0], CLASSES),
+    "a width": lambda f, x: f.layer_norm(x, (5,)),
+    "a width of weight": lambda f, x: f.rms_norm(x, (4,), torch.ones(3)),
+    "lengths": lambda f, x: f.scaled_dot_product_attention(x, x, x[:, :2]),
+    "dtypes": lambda f, x: f.scaled_dot_product_attention(x, x.half(), x),
+}
+
+
+@pytest.mark.parametrize("case", RAISED_BY_TORCH)
+def test_what_torch_raises_is_caught_by_the_same_clause(case):
+    (x,) = make_inputs((2, 3, 4))
+    with pytest.raises((IndexError, RuntimeError)) as raised:
+        RAISED_BY_TORCH[case](F, x)
+    with pytest.raises(raised.type, match="`"):
+        RAISED_BY_TORCH[case](fastattn, x)

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 
 from fastattn import _arguments as check
 from fastattn import backends
-from fastattn.errors import ArgumentError, ArgumentTypeError, kind
+from fastattn.errors import ArgumentError, ArgumentIndexError, ArgumentTypeError, kind
 from fastattn.functional._overwrite import may_share, overlaps_itself, same_places
 from fastattn.functional._plan import autocast, cached, facts, wants_gradient
 from fastattn.ops.cross_entropy import cross_entropy as cross_entropy_op
@@ -263,7 +263,7 @@ def check_classes(fn: str, target: Tensor, spec: CrossEntropySpec, x: Tensor, V:
     target = target.long()  # in a narrower type V might not be a number
     wrong = ((target < 0) | (target >= V)) & (target != spec.ignore_index)
     if wrong.any():
-        raise ArgumentError(
+        raise ArgumentIndexError(
             f"{fn}: `target` holds {target[wrong][0].item()}; it must hold classes from 0 to {V - 1}, "
             f"or ignore_index = {spec.ignore_index}."
         )

@@ -20,8 +20,7 @@ from torch import Tensor
 
 from benchmarks.provider import Call
 from benchmarks.workload import Problem, Tensors, Workload, randn
-from fastattn.simulated_rounding import SimulatedRounding
-from fastattn.testing import max_error
+from fastattn.testing import max_error, simulate_rounding
 
 RESULT_FACTOR, GRADIENT_FACTOR = 2.0, 3.0
 ROOT_MEAN_SQUARE_OF_A_ROUNDING = 0.5  # at most: a half, if every number is as far from its neighbours as can be
@@ -54,7 +53,7 @@ class Truth:
     workload: Workload
     exact: dict[str, Tensor]  # y, and the gradient of each differentiable input by its name
     eager: dict[str, Errors]
-    simulate: Callable[[], dict[str, Errors]] = dict  # the largest of several draws
+    simulate: Callable[[], dict[str, Errors]]  # the largest of several draws
 
     @functools.cached_property
     def with_simulated(self) -> Truth:
@@ -96,19 +95,15 @@ def truth_of(workload: Workload, inputs: Tensors, dy: Tensor | None) -> Truth:
 
     whole = computed(as_float64)
 
-    def errors(found: dict[str, Tensor]) -> dict[str, Errors]:
-        return {name: Errors.of(t, whole[name], workload.dtype) for name, t in found.items()}
-
     def simulate() -> dict[str, Errors]:
-        draws = [errors(_one_draw(lambda: computed(dict), draw)) for draw in range(2)]
-        return {name: draws[0][name].or_larger(draws[1][name]) for name in whole}
+        drawn = simulate_rounding(lambda: computed(dict))
+        return {
+            name: functools.reduce(Errors.or_larger, (Errors.of(t, whole[name], workload.dtype) for t in draws))
+            for name, draws in drawn.items()
+        }
 
-    return Truth(workload, whole, errors(computed(dict)), simulate)
-
-
-def _one_draw(function: Callable[[], dict[str, Tensor]], draw: int) -> dict[str, Tensor]:
-    with SimulatedRounding(draw):
-        return function()
+    errors = {name: Errors.of(t, whole[name], workload.dtype) for name, t in computed(dict).items()}
+    return Truth(workload, whole, errors, simulate)
 
 
 def unfused(problem: Problem) -> Callable[..., Tensor]:

@@ -80,7 +80,11 @@ def describe(spec: Spec, device: torch.device) -> str:
             else "reference operations: torch's softmax has no mask and no scale"
         )
     feature = _beyond_torch(spec)
-    return f"reference operations: {feature}" if feature else f"torch {spec.op}"
+    if feature:
+        return f"reference operations: {feature}"
+    return (
+        f"torch {spec.op}" if spec.rms else f"torch {spec.op}; reference operations for rows of fewer than {SHORT_ROW}"
+    )
 
 
 def _beyond_sdpa(spec: AttentionSpec, device: torch.device) -> str | None:

@@ -133,7 +133,7 @@ def verdict(reports: Sequence[Report], seconds: float) -> str:
     if counts["wrong"] or counts["failed"]:
         outcome = f"{counts['wrong']} wrong and {counts['failed']} failed"
     elif ran:
-        outcome = "none further from float64 than twice torch's own error and a rounding: ok"
+        outcome = "none further from float64 than twice torch's own or the simulated error and a rounding: ok"
     else:
         outcome = "nothing could run"
     return f"{ran} checks on {names} backends, {outcome}{refused}; {seconds:.1f} s"

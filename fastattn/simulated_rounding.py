@@ -79,9 +79,8 @@ class SimulatedRounding(TorchDispatchMode):
             return plain
         number = torch.finfo(plain.dtype)
         nearest = torch.empty_like(plain).copy_(wide)
-        power_of_2 = (wide.contiguous().view(torch.int64) & EXPONENT).view(
-            torch.float64
-        )  # at most |wide|; inf, NaN: inf
+        # at most |wide|; inf for inf and NaN
+        power_of_2 = (wide.contiguous().view(torch.int64) & EXPONENT).view(torch.float64)
         spacing = (power_of_2 * number.eps).clamp_min_(number.smallest_normal * number.eps)
         moved = torch.where(power_of_2.isfinite() & (nearest != wide), wide + spacing * self._uniform(wide), wide)
         return nearest.copy_(moved)

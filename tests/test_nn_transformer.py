@@ -353,7 +353,7 @@ def test_layers_call_what_a_user_has_put_on_an_instance_or_on_all_modules(kind, 
 
 
 class Seen(Exception):
-    """What an extension point was given."""
+    """Carries the arguments of an extension point."""
 
 
 def _raise(*args, **kwargs):

@@ -42,10 +42,8 @@ def run(title: str, command: Sequence[str | Path], **environment: str) -> None:
     assert process.stdout is not None
     for line in process.stdout:
         said.append(line)
-        if TELLING.match(line):
+        if TELLING.match(line) or "steps," in line:  # of pip, or of `fastattn build`
             latest = line.strip()[:100]
-        elif "steps," in line:  # of `fastattn build`
-            print(f"  {line.rstrip()}", flush=True)
     ended.set()
     teller.join()
     if process.wait():

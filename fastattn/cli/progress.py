@@ -1,4 +1,4 @@
-"""How far a long command is: a bar on a terminal, and a line now and then where output goes to a file."""
+"""Shows how far a long command is: a bar on a terminal, and a line now and then where output goes to a file."""
 
 from __future__ import annotations
 

@@ -390,7 +390,7 @@ def _keeps(layer: nn.Module, block: str) -> bool:
 def _additive(
     mask: Tensor | None, key_padding_mask: Tensor | None, dtype: torch.dtype, name: str
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Both masks as torch's encoder hands them on: floating-point, -inf where a bool one is True."""
+    """Return both masks as torch's encoder hands them on: floating-point, -inf where a bool one is True."""
     padding = F._canonical_mask(
         key_padding_mask, "src_key_padding_mask", F._none_or_dtype(mask), other_name=name, target_type=dtype
     )

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastattn.nn as ours
+import fastattn.nn.weights as weights_of_attention
 from fastattn.errors import ArgumentError, UnsupportedError
 
 
@@ -99,6 +100,13 @@ ATTENTION = [
 ]
 
 
+@pytest.fixture(params=["all_heads", "head_by_head"])
+def held(request, monkeypatch):
+    """Averaged weights of all heads at once, as of small ones, or one head after the other, as of large ones."""
+    if request.param == "head_by_head":
+        monkeypatch.setattr(weights_of_attention, "LARGE", 0)
+
+
 def attention_call(case: Attention, width: int = E, heads: int = H) -> tuple[tuple[Tensor, ...], dict]:
     """(args, kwargs) of the case. No row is fully masked, where torch is NaN: every mask leaves key 0 visible."""
     generator = torch.Generator().manual_seed(2)
@@ -143,7 +151,7 @@ def attention_call(case: Attention, width: int = E, heads: int = H) -> tuple[tup
 
 @pytest.mark.filterwarnings("ignore:Support for mismatched")
 @pytest.mark.parametrize("case", ATTENTION, ids=lambda case: case.name)
-def test_attention_equals_torch(case):
+def test_attention_equals_torch(case, held):
     theirs, mine = build("MultiheadAttention", E, H, **case.init, dtype=torch.float64)
     args, kwargs = attention_call(case)
     assert_same(theirs, mine, args, kwargs)
@@ -169,7 +177,7 @@ def test_attention_is_as_accurate_as_torch(dtype, width, device):
 
 @pytest.mark.parametrize("weights", ["mean", "heads"])
 @pytest.mark.parametrize("attn_mask", [None, "bool", "trained3"])
-def test_returned_weights_are_those_that_dropout_left(weights, attn_mask):
+def test_returned_weights_are_those_that_dropout_left(weights, attn_mask, held):
     case = Attention("dropout", {"batch_first": True}, "memory", attn_mask, weights=weights)
     theirs, mine = build("MultiheadAttention", E, 1, dropout=0.5, batch_first=True, dtype=torch.float64)
     args, kwargs = attention_call(case, heads=1)
@@ -182,7 +190,7 @@ def test_returned_weights_are_those_that_dropout_left(weights, attn_mask):
     assert 0 < (dropped & visible).sum() < visible.expand_as(dropped).sum()
 
 
-def test_output_and_averaged_weights_share_one_dropout_mask():
+def test_output_and_averaged_weights_share_one_dropout_mask(held):
     torch.manual_seed(0)
     mha = ours.MultiheadAttention(E, H, dropout=0.5, batch_first=True, dtype=torch.float64)
     with torch.no_grad():
@@ -252,7 +260,8 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("train", [True, False])
-def test_averaged_weights_never_hold_all_heads(dtype, dropout, train):
+@pytest.mark.parametrize("held", ["head_by_head"], indirect=True)
+def test_large_averaged_weights_never_hold_all_heads(dtype, dropout, train, held):
     heads, length = 8, 48
     mha = ours.MultiheadAttention(heads, heads, dropout=dropout, batch_first=True, dtype=dtype)
     x = torch.randn(N, length, heads, dtype=dtype)
@@ -268,7 +277,8 @@ def test_averaged_weights_never_hold_all_heads(dtype, dropout, train):
     assert largest.numel == heads * one_head  # what this test measures, it can see
 
 
-def test_averaged_weights_keep_one_head_for_backward():
+@pytest.mark.parametrize("held", ["head_by_head"], indirect=True)
+def test_large_averaged_weights_keep_one_head_for_backward(held):
     heads, length = 8, 48
     mha = ours.MultiheadAttention(heads, heads, batch_first=True, dtype=torch.float64)
     x = torch.randn(N, length, heads, dtype=torch.float64)

@@ -1,13 +1,14 @@
 """Attention together with the probabilities that torch.nn.MultiheadAttention returns.
 
-A fused kernel never holds P = softmax(q kᵀ · D^-1/2 + bias), so that who asks for it pays for it here. The average
-over heads is accumulated one head at a time: memory O(N·L·S), not O(N·H·L·S), in the backward pass too.
+A fused kernel never holds P = softmax(q kᵀ · D^-1/2 + bias); a call that asks for P pays for it here. A small P is held
+of all heads at once. The average of a large one is accumulated one head at a time: memory O(N·L·S), not O(N·H·L·S), in
+the backward pass too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial, reduce
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fastattn.functional import attention, softmax
+
+LARGE = 2**28  # bytes of P, in float32
 
 
 def attend_with_weights(
@@ -28,16 +31,20 @@ def attend_with_weights(
     """
     H = q.shape[1]
     dtype = torch.softmax(q.new_empty(0), dim=0).dtype  # q's, or what autocast makes of it: torch's weights have that
-    if not average:
+    N, H, L, _ = q.shape
+    if not average or torch.compiler.is_compiling() or N * H * L * k.shape[2] * 4 < LARGE:
         o, p = _attend_plainly(q, k, v, bias, mask, dropout_p)
-        return o, p.to(dtype)
+        return o, (p.mean(1) if average else p).to(dtype)
+    total = torch.zeros((), device=q.device)
     if dropout_p == 0.0:
         o = attention(q, k, v, bias=bias, mask=mask)
-        total = reduce(torch.add, _head_by_head(_probabilities, q, k, bias, mask))
+        for slices in _heads(q, k, bias, mask):
+            total = total + _computed_again(_probabilities, slices)
         return o, (total / H).to(dtype)
     # The entries that the kernel drops are its own affair: here o and P have to come from the same ones.
-    outputs, total = [], torch.zeros((), device=q.device)
-    for o_h, p_h in _head_by_head(partial(_attend_plainly, dropout_p=dropout_p), q, k, v, bias, mask, random=True):
+    outputs = []
+    for slices in _heads(q, k, v, bias, mask):
+        o_h, p_h = _computed_again(partial(_attend_plainly, dropout_p=dropout_p), slices, random=True)
         outputs.append(o_h)
         total = total + p_h
     return torch.stack(outputs, dim=1), (total / H).to(dtype)
@@ -62,14 +69,15 @@ def _attend_plainly(
     return p.to(v.dtype) @ v, p
 
 
-def _head_by_head(f: Callable[..., Any], *tensors: Tensor | None, random: bool = False) -> Iterator[Any]:
-    """f(*tensors[:, h]) for each head h; backward recomputes f, so that one head's intermediates live at a time."""
-    H = next(t.shape[1] for t in tensors if t is not None)
-    heads = [[None] * H if t is None else t.unbind(1) * (H // t.shape[1]) for t in tensors]
+def _heads(*tensors: Tensor | None) -> list[tuple[Tensor | None, ...]]:
+    """The tensors of each head; one that broadcasts over heads is in all."""
+    H = max(t.shape[1] for t in tensors if t is not None)
+    return list(zip(*([None] * H if t is None else t.unbind(1) * (H // t.shape[1]) for t in tensors), strict=True))
+
+
+def _computed_again(f: Callable[..., Any], tensors: tuple[Tensor | None, ...], random: bool = False) -> Any:
+    """f(*tensors); the backward computes it again, so that one head's intermediates live at a time."""
     # Saved-tensor hooks, by which checkpoint works, are refused under torch.func transforms.
-    recompute = torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
-    for slices in zip(*heads, strict=True):
-        if recompute:
-            yield checkpoint(f, *slices, use_reentrant=False, preserve_rng_state=random)
-        else:
-            yield f(*slices)
+    if torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
+        return checkpoint(f, *tensors, use_reentrant=False, preserve_rng_state=random)
+    return f(*tensors)

@@ -198,9 +198,47 @@ def test_integers_and_truth_values_of_numpy():
         )
         with pytest.raises(ArgumentError, match="`ignore_index` is 1180591620717411303424; it must fit into 64 bits"):
             function(*first, target, ignore_index=2**70)
-    for wrong in (True, numpy.True_, 1.0, numpy.float64(1.0), "1", torch.tensor(1)):
+    for wrong in (True, numpy.True_, 1.0, numpy.float64(1.0), "1", torch.tensor(1.0), torch.tensor([1])):
         with pytest.raises(ArgumentTypeError, match="`dim` is"):
             fastattn.softmax(q, wrong)
+
+
+def test_numbers_in_tensors():
+    """torch takes a tensor of no dimension for a number; its value counts at each call."""
+    q = make_inputs((1, 4, 6, 16))[0]
+    number = torch.tensor(0.5)
+    for function in (
+        lambda a: fastattn.attention(q, q, q, scale=a),
+        lambda a: fastattn.scaled_dot_product_attention(q, q, q, scale=a),
+        lambda a: fastattn.layer_norm(q, 16, eps=a),
+        lambda a: fastattn.rms_norm(q, 16, eps=a),
+        lambda a: fastattn.nn.LayerNorm(16, eps=a)(q),
+        lambda a: fastattn.softmax(q, scale=a),
+        lambda a: fastattn.cross_entropy(q[0, 0], torch.arange(6), label_smoothing=a),
+    ):
+        for value in (0.5, 0.25):
+            assert torch.equal(function(number.fill_(value)), function(value))
+        with pytest.raises(TypeError):
+            function(torch.tensor(0.5, requires_grad=True))
+    assert torch.equal(fastattn.softmax(q, torch.tensor(1)), fastattn.softmax(q, 1))
+    assert torch.equal(fastattn.layer_norm(q, (torch.tensor(16),)), fastattn.layer_norm(q, 16))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton", "eager", "reference"])
+@pytest.mark.parametrize("function", [fastattn.softmax, fastattn.log_softmax], ids=["softmax", "log_softmax"])
+def test_dtype_of_softmax(function, backend):
+    theirs = getattr(torch.nn.functional, function.__name__)
+    for x in (torch.randn(3, 40).half(), torch.randint(-3, 3, (3, 40))):
+        y = function(x, -1, dtype=torch.float32, backend=backend)
+        torch.testing.assert_close(y, theirs(x, -1, dtype=torch.float32))
+    leaf = torch.randn(3, 40).half().requires_grad_()
+    grads = [torch.autograd.grad(f(leaf, -1, dtype=torch.float32)[:, 0].sum(), leaf) for f in (function, theirs)]
+    torch.testing.assert_close(*grads)
+    assert fastattn.explain(function, leaf, dtype=torch.float32).spec.dtype == torch.float32
+    with pytest.raises(ArgumentTypeError, match="`dtype` has dtype int32"):
+        function(leaf, dtype=torch.int32)
+    with pytest.raises(ArgumentError, match="`inplace` writes over x, which is float16; `dtype` is float32"):
+        function(leaf.detach(), dtype=torch.float32, inplace=True)
 
 
 @pytest.mark.parametrize("gqa", [False, True])

@@ -26,7 +26,7 @@ from fastattn.functional._norm import check_norm_tensors, layer_norm, norm_out_d
 from fastattn.functional._plan import autocast, facts, wants_gradient
 from fastattn.functional._rotary import check_rotary_values, rotary_arguments, rotary_embedding, rotary_spec
 from fastattn.functional._sdpa import in_sdpa_names, scaled_dot_product_attention, sdpa_arguments
-from fastattn.functional._softmax import check_softmax_mask, log_softmax, softmax, softmax_overwrites
+from fastattn.functional._softmax import check_softmax_mask, log_softmax, softmax, softmax_input, softmax_overwrites
 from fastattn.spec import Work
 
 
@@ -113,8 +113,10 @@ def _norm_spec(fn):
 
 
 def _softmax_spec(fn):
-    def spec(x, dim, scale, mask, causal, inplace, backend):
+    def spec(x, dim, scale, mask, causal, inplace, dtype, backend):
         check.check_tensor(fn, "x", x)
+        if dtype is not None:
+            x = softmax_input(fn, x, dtype, inplace)
         if mask is not None:
             check_softmax_mask(fn, x, mask)
         overwrites = softmax_overwrites(fn, x, mask, inplace)

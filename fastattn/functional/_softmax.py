@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastattn import _arguments as check
 from fastattn import backends
-from fastattn.errors import ArgumentTypeError
+from fastattn.errors import ArgumentError, ArgumentTypeError, kind
 from fastattn.functional._overwrite import check_overwritten, overwritable
 from fastattn.functional._plan import cached, wants_gradient
 from fastattn.ops.softmax import softmax as softmax_op
@@ -31,11 +31,14 @@ def _softmax(
     mask: Tensor | None,
     causal: bool | str,
     inplace: bool,
+    dtype: torch.dtype | None,
     backend: str | None,
 ) -> Tensor:
     if not isinstance(x, Tensor) or x.layout is not torch.strided:
         check.check_tensor(fn, "x", x)
-    if not inplace and x.is_cuda and torch.is_autocast_enabled("cuda"):
+    if dtype is not None:
+        x = softmax_input(fn, x, dtype, inplace)
+    elif not inplace and x.is_cuda and torch.is_autocast_enabled("cuda"):
         x = x.float()
     overwrites = softmax_overwrites(fn, x, mask, inplace)
     run, spec = _softmax_plan(
@@ -48,6 +51,17 @@ def _softmax(
     else:
         (y,) = softmax_op((x, mask), spec, run.NAME)
     return x.copy_(y) if inplace and (run.COMPOSITE or not overwrites) else y
+
+
+def softmax_input(fn: str, x: Tensor, dtype: torch.dtype, inplace: bool) -> Tensor:
+    """x in the dtype that was asked for."""
+    if not isinstance(dtype, torch.dtype):
+        raise ArgumentTypeError(f"{fn}: `dtype` is {kind(dtype)}; it must be a torch.dtype or None.")
+    check.check_float_dtype(fn, "dtype", dtype)
+    if inplace and dtype != x.dtype:
+        given, asked = check.dtype_name(x.dtype), check.dtype_name(dtype)
+        raise ArgumentError(f"{fn}: `inplace` writes over x, which is {given}; `dtype` is {asked}.")
+    return x.to(dtype)
 
 
 def softmax_overwrites(fn: str, x: Tensor, mask: Tensor | None, inplace: bool) -> bool:
@@ -79,6 +93,7 @@ def softmax(
     mask: Tensor | None = None,
     causal: bool | str = False,
     inplace: bool = False,
+    dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Softmax of scale · x over one dimension, of the entries that a mask lets through.
@@ -94,11 +109,12 @@ def softmax(
             "bottom_right" (j ≤ i + S_k − S_q).
         inplace: write y over x, which is returned, its dtype kept under autocast too. x must not overlap itself. Where
             gradients are wanted, a view is written over by a copy, as any x is under transforms and compilers.
+        dtype: cast x to it first, so y has it; x may then hold integers. None: x's own.
         backend: "cuda", "triton", "cpu", "eager" or "reference", which then never falls back; None: the first that can.
 
     Returns:
-        y, shape and dtype of x (float32 under CUDA autocast, as torch's). Masked entries are 0, whatever x holds there;
-        a row without entries is all 0, with zero gradients.
+        y, shape of x and its dtype, or `dtype` (float32 under CUDA autocast, as torch's). Masked entries are 0,
+        whatever x holds there; a row without entries is all 0, with zero gradients.
 
     Raises:
         ArgumentTypeError, ArgumentError: an argument of the wrong type, dtype, shape or device.
@@ -113,7 +129,7 @@ def softmax(
         >>> softmax(torch.zeros(1, 4), mask=torch.tensor([True, True, False, False]))
         tensor([[0.5000, 0.5000, 0.0000, 0.0000]])
     """
-    return _softmax("softmax", x, dim, scale, mask, causal, inplace, backend)
+    return _softmax("softmax", x, dim, scale, mask, causal, inplace, dtype, backend)
 
 
 def log_softmax(
@@ -124,6 +140,7 @@ def log_softmax(
     mask: Tensor | None = None,
     causal: bool | str = False,
     inplace: bool = False,
+    dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """The natural logarithm of `softmax`, computed without taking the logarithm of a rounded probability.
@@ -133,7 +150,7 @@ def log_softmax(
     Args, Raises: as `softmax`.
 
     Returns:
-        y, shape and dtype of x; −inf for masked entries, with zero gradients.
+        y, shape of x and its dtype, or `dtype`; −inf for masked entries, with zero gradients.
 
     Source: torch.nn.functional.log_softmax.
 
@@ -141,4 +158,4 @@ def log_softmax(
         >>> log_softmax(torch.zeros(1, 2))
         tensor([[-0.6931, -0.6931]])
     """
-    return _softmax("log_softmax", x, dim, scale, mask, causal, inplace, backend)
+    return _softmax("log_softmax", x, dim, scale, mask, causal, inplace, dtype, backend)

@@ -16,6 +16,7 @@ struct AttentionForwardParams {
   const void* v;  // [B, H_kv, S_k, D_v]
   void* o;        // [B, H, S_q, D_v]
   float* lse;     // [B, H, S_q] contiguous, natural logarithm
+  float* lse_low;  // [B, H, S_q] contiguous: what fp32 rounds off lse
   int64_t stride_qb, stride_qh, stride_qm;
   int64_t stride_kb, stride_kh, stride_kn;
   int64_t stride_vb, stride_vh, stride_vn;

@@ -1,6 +1,6 @@
 """The autograd Functions of the kernels, for code that composes its own.
 
-    o, lse = AttentionFunction.apply(
+    o, lse, _ = AttentionFunction.apply(
         q, k, v, bias, mask, alibi_slopes, sinks, seed, cu_seqlens_q, cu_seqlens_k, qk_scales, v_scales, spec, backend
     )  # AttentionSpec; all after v may be None; bias and mask have four dimensions, seed is int64, for dropout
     y, h, stats = LayerNormFunction.apply(x, weight, bias, residual, seed, spec, backend)  # NormSpec; all but x may be

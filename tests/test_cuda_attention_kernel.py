@@ -40,13 +40,13 @@ def two_sms(kernels):
     kernels.emulator_sms(4)
 
 
-def launch(run: Any, q: Tensor, k: Tensor, v: Tensor, spec: Any, packed: Packed | None = None) -> tuple[Tensor, Tensor]:
-    """-> (o, lse) of q (B, H, S_q, D), k (B, H_kv, S_k, D), v (B, H_kv, S_k, D_v)."""
+def launch(run: Any, q: Tensor, k: Tensor, v: Tensor, spec: Any, packed: Packed | None = None) -> tuple[Tensor, ...]:
+    """-> (o, lse, lse_low) of q (B, H, S_q, D), k (B, H_kv, S_k, D), v (B, H_kv, S_k, D_v)."""
     B, H, S_q, D = q.shape
     H_kv, S_k, D_v = v.shape[1:]
     room = torch.full((B, H, S_q + 3, D_v + 8), UNTOUCHED, dtype=q.dtype)
     o = room[:, :, :S_q, :D_v].fill_(math.nan)
-    lse = torch.full((B, H, S_q), math.nan)
+    lse, lse_low = torch.full((2, B, H, S_q), math.nan)
     counter = torch.zeros(2, dtype=torch.int32)
     cu = (packed.cu_seqlens_q, packed.cu_seqlens_k) if packed else (None, None)
     run(
@@ -61,6 +61,7 @@ def launch(run: Any, q: Tensor, k: Tensor, v: Tensor, spec: Any, packed: Packed 
         D_v=D_v,
         dtype={BF16: "bf16", F16: "fp16"}[q.dtype],
         lse=lse.data_ptr(),
+        lse_low=lse_low.data_ptr(),
         scale=spec.scale,
         softcap=spec.softcap or 0.0,
         left=FAR if spec.left is None else spec.left,
@@ -73,7 +74,7 @@ def launch(run: Any, q: Tensor, k: Tensor, v: Tensor, spec: Any, packed: Packed 
     assert counter.tolist() == [0, 0], "the kernel leaves its counter as it found it"
     assert (room[:, :, S_q:] == UNTOUCHED).all(), "the kernel wrote rows after the last"
     assert (room[..., D_v:] == UNTOUCHED).all(), "the kernel wrote columns after the last"
-    return o, lse
+    return o, lse, lse_low
 
 
 def expected(q: Tensor, k: Tensor, v: Tensor, spec: Any, packed: Packed | None) -> list[tuple[Tensor, Tensor]]:
@@ -90,7 +91,7 @@ def check(kernels: ModuleType, run: Any, x: Case, schedules: tuple[str, ...] = S
     exact, rounded = expected(q, k, v, spec, packed)
     for schedule in schedules:
         kernels.emulator_mode(schedule, seed)
-        o, lse = launch(run, q, k, v, spec, packed)
+        o, lse, _ = launch(run, q, k, v, spec, packed)
         assert_close(o, exact[0], rounded[0], f"o ({schedule})")
         assert_close(lse, exact[1], rounded[1], f"lse ({schedule})")
 
@@ -185,6 +186,25 @@ def test_persistent_ctas_take_tiles_in_turn(kernels, two_sms, sms):
     check(kernels, kernels.attention_forward, case("", 300, 70, H=2, D=128, dtype=BF16), ("random",))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPES.get)
+@pytest.mark.parametrize("size", [2.0**6, 2.0**11, 2.0**13])
+def test_large_scores(kernels, size, dtype):
+    """Scores near size² / 8, in fp32 exact: whole numbers times 1/8, of which all keys share the large part."""
+    q, k, v = make_inputs((1, 2, 70, 64), (1, 2, 150, 64), (1, 2, 150, 64), dtype=dtype)
+    q, k = q.round(), k.round()
+    q[..., 0] = k[..., 0] = size
+    if size * size > 2.0**23:  # the sum would round: nothing but the large part, which the last key has twice
+        q[..., 1:] = 0.0
+        k[..., -1, 0] *= 2.0
+    spec = spec_of(q, k, v)
+    scores = q.double() @ k.double().mT / 8
+    exact, lse_exact = scores.softmax(-1) @ v.double(), scores.logsumexp(-1)
+    kernels.emulator_mode("random", 1)
+    o, lse, lse_low = launch(kernels.attention_forward, q, k, v, spec)
+    assert (o.double() - exact).abs().max() <= 2 * torch.finfo(dtype).eps
+    assert (lse.double() + lse_low - lse_exact).abs().max() <= 1e-6
+
+
 @pytest.mark.parametrize("hidden", [math.nan, math.inf, -math.inf], ids=["nan", "inf", "minus_inf"])
 @pytest.mark.parametrize("tensor", ["k", "v"])
 def test_a_masked_key_never_leaks(kernels, tensor, hidden):
@@ -195,7 +215,7 @@ def test_a_masked_key_never_leaks(kernels, tensor, hidden):
     {"k": k, "v": v}[tensor][..., -1, 5] = hidden
     for schedule in SCHEDULES:
         kernels.emulator_mode(schedule, 1)
-        o, lse = launch(kernels.attention_forward, q, k, v, spec)
+        o, lse, _ = launch(kernels.attention_forward, q, k, v, spec)
         assert_close(
             o[:, :, :-1], exact[0][:, :, :-1], rounded[0][..., :-1, :], f"o of rows that do not see it ({schedule})"
         )
@@ -227,7 +247,7 @@ def test_what_lies_between_packed_sequences_never_leaks(kernels, D):
     assert exact[0][:, :, sound].isfinite().all()
     for schedule in SCHEDULES:
         kernels.emulator_mode(schedule, 1)
-        o, lse = launch(kernels.attention_forward, q, k, v, spec, packed)
+        o, lse, _ = launch(kernels.attention_forward, q, k, v, spec, packed)
         assert_close(o, exact[0], rounded[0], f"o ({schedule})")
         assert_close(lse, exact[1], rounded[1], f"lse ({schedule})")
 
@@ -247,7 +267,7 @@ def test_what_lies_between_packed_sequences_never_leaks(kernels, D):
 )
 def test_what_it_refuses(kernels, options, message):
     q = torch.zeros(1, 1, 64, 64, dtype=BF16)
-    arguments = {name: q.data_ptr() for name in ("q", "k", "v", "o", "lse", "counter")}
+    arguments = {name: q.data_ptr() for name in ("q", "k", "v", "o", "lse", "lse_low", "counter")}
     arguments |= {f"{name}_strides": (4096, 4096, 64) for name in "qkvo"}
     arguments |= {"B": 1, "H": 1, "H_kv": 1, "S_q": 64, "S_k": 64, "D": 64, "D_v": 64, "dtype": "bf16", "scale": 0.125}
     with pytest.raises(ValueError, match=message):
@@ -309,7 +329,7 @@ def notice(kernels: ModuleType, x: Case, bug: str) -> str:
     for schedule in SCHEDULES:
         kernels.emulator_mode(schedule, 1)
         try:
-            o, lse = launch(kernels.attention_forward_variant, q, k, v, spec, packed)
+            o, lse, _ = launch(kernels.attention_forward_variant, q, k, v, spec, packed)
             assert_close(o, exact[0], rounded[0], "o")
             assert_close(lse, exact[1], rounded[1], "lse")
         except (AssertionError, RuntimeError) as complaint:

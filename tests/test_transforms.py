@@ -636,7 +636,7 @@ def test_functions(device):
     """The exported autograd.Functions, called as their documentation says."""
     q, k, v = (t.requires_grad_() for t in make_inputs(*QKV, device=device))
     spec = AttentionSpec(4, 2, 16, 16, torch.float32, 0.25, right=0)
-    o, lse = AttentionFunction.apply(q, k, v, *(None for _ in INPUTS[3:]), spec, "triton")
+    o, lse, _ = AttentionFunction.apply(q, k, v, *(None for _ in INPUTS[3:]), spec, "triton")
     expected = fastattn.attention(q, k, v, causal="bottom_right", return_lse=True, backend="triton")
     assert torch.equal(o, expected[0])
     assert torch.equal(lse, expected[1])

@@ -38,7 +38,8 @@ struct AttentionParams {
   int64_t rows_k = 0;
   std::vector<Sequence> sequences;  // B of them
   Matrix q, k, v, o;
-  float* lse = nullptr;  // (B, H, S_q) or (1, H, T_q), contiguous
+  float* lse = nullptr;      // (B, H, S_q) or (1, H, T_q), contiguous
+  float* lse_low = nullptr;  // the same: what float32 rounds off lse
   float scale = 1.f;
   float softcap = 0.f;           // 0: none
   int64_t left = -1, right = -1;  // -1: unbounded
@@ -114,6 +115,7 @@ struct BackwardPlan {
 // What the backward keeps of each row and tile
 struct RowSums {
   float* lse;     // as p.lse; inf for a row that saw nothing, so that its probabilities are 0
+  float* lse_low;  // as p.lse_low
   float* delta;   // the same: rowsum(o ∘ do) - dlse
   float* dq;      // (key_groups, tiles, D, M), without the scale
   float* dslope;  // (key_groups, tiles, M), -dslope by row; nullptr: not wanted

@@ -243,7 +243,7 @@ void run(const AttentionParams& p, const AttentionGradients& g, const BackwardPl
   }
 }
 
-// delta and lse of the rows of one head
+// delta, lse and lse_low of the rows of one head
 template <class T>
 void prepare(const AttentionParams& p, const AttentionGradients& g, const RowSums& sums, int b, int h) {
   const Sequence& sequence = p.sequences.data()[b];
@@ -259,6 +259,7 @@ void prepare(const AttentionParams& p, const AttentionGradients& g, const RowSum
     const float dlse = g.dlse == nullptr ? 0.f : g.dlse[b * g.dlse_b + h * g.dlse_h + row * g.dlse_m];
     const bool empty = p.lse[at] == -__builtin_inff();
     sums.lse[at] = empty ? __builtin_inff() : p.lse[at];
+    sums.lse_low[at] = p.lse_low[at];
     sums.delta[at] = empty ? 0.f : reduce_sum(sum) - dlse;
   }
 }

@@ -275,6 +275,12 @@ void run_all(const AttentionParams& p, const ForwardPlan& plan, int threads) {
 
 }  // namespace
 
+// a + b - sum, where sum = a + b was rounded; source: Knuth, "The Art of Computer Programming", 4.2.2, theorem B
+FASTATTN_INLINE Vec rounded_off(Vec a, Vec b, Vec sum) {
+  const Vec second = sum - a;
+  return (a - (sum - second)) + (b - second);
+}
+
 Vec finish_rows(const AttentionParams& p, const Tile& t, int b, const Sums& sums, int j) {
   const Vec nothing = broadcast(-__builtin_inff()), highest = load(sums.max + j * LANES) * broadcast(Score(p).factor);
   Vec max = highest, sum = load(sums.sum + j * LANES), rescale = broadcast(1.f);
@@ -288,9 +294,13 @@ Vec finish_rows(const AttentionParams& p, const Tile& t, int b, const Sums& sums
   }
   const Int empty = sum == Vec{};
   sum = select(empty, broadcast(1.f), sum);
-  const Vec lse = select(empty, nothing, max + log(sum));
-  for (int l = 0; l < smaller(LANES, t.n - j * LANES); ++l)
-    p.lse[p.lse_index(b, t.head[j * LANES + l]) + t.row[j * LANES + l]] = lse[l];
+  const Vec log_sum = log(sum), lse = select(empty, nothing, max + log_sum);
+  const Vec low = select(empty, Vec{}, rounded_off(max, log_sum, lse));
+  for (int l = 0; l < smaller(LANES, t.n - j * LANES); ++l) {
+    const int64_t at = p.lse_index(b, t.head[j * LANES + l]) + t.row[j * LANES + l];
+    p.lse[at] = lse[l];
+    p.lse_low[at] = low[l];
+  }
   return select(highest == nothing, Vec{}, rescale / sum);
 }
 

@@ -15,12 +15,13 @@ void GradientTile::compute(const AttentionParams& p, const Sequence& sequence, c
   if (p.dropout) dropout_factors(p, t, b, n_0, n, entries);
   for (int j = 0; j < t.vectors(); ++j) {
     const Vec row_lse = load(lse + j * LANES), row_delta = load(delta + j * LANES), factor = broadcast(score.factor);
+    const Vec low = -(load(lse_low + j * LANES) * broadcast(LOG2_E));
     const Int rows = first_lanes(t.n - j * LANES);
     const bool whole = (j + 1) * LANES <= t.n;  // else what k holds against no query, which may be NaN, becomes 0
     for (int i = 0; i < n; ++i) {
       const int at = i * t.width + j * LANES;
       const Vec logit = load(s + at) * factor;
-      const Vec weight = exp2_softmax<std::is_same_v<T, bf16>>((logit - row_lse) * broadcast(LOG2_E));
+      const Vec weight = exp2_softmax<std::is_same_v<T, bf16>>(fma(logit - row_lse, broadcast(LOG2_E), low));
       const Vec kept = p.dropout ? load(entries + at) : broadcast(1.f);
       const Vec dropped = weight * kept, ds = weight * fma(load(dp + at), kept, -row_delta);
       store(s + at, whole ? dropped : zero_unless(rows, dropped));

@@ -118,23 +118,26 @@ void sum_slopes(const AttentionParams& p, const BackwardPlan& plan, const float*
   std::copy(sums.begin(), sums.end(), dslopes);
 }
 
-// (H,): -Σ exp(sink - lse) delta
+// (H,): -Σ exp(sink - lse - lse_low) delta
 void sum_sinks(const AttentionParams& p, const RowSums& sums, float* dsinks) {
   for (int h = 0; h < p.H; ++h) {
     double sum = 0.0;
     for (int b = 0; b < p.B; ++b)
       for (int64_t i = 0, at = p.lse_index(b, h); i < p.sequences[b].S_q; ++i, ++at)
-        sum -= std::exp(double(p.sinks[h]) - sums.lse[at]) * sums.delta[at];
+        sum -= std::exp(double(p.sinks[h]) - sums.lse[at] - sums.lse_low[at]) * sums.delta[at];
     dsinks[h] = float(sum);
   }
 }
 
 // The lse of rows that are few was summed in another order than the backward will, by which it computes probabilities:
 // of large scores the difference would not be small. It is summed again, as that of other rows: without values.
-void sum_again(const AttentionParams& p, float* lse, int threads) {
-  std::copy_n(p.lse, (p.packed ? 1 : p.B) * int64_t(p.H) * p.rows_q, lse);
+void sum_again(const AttentionParams& p, float* lse, float* lse_low, int threads) {
+  const int64_t rows = (p.packed ? 1 : p.B) * int64_t(p.H) * p.rows_q;
+  std::copy_n(p.lse, rows, lse);
+  std::copy_n(p.lse_low, rows, lse_low);
   AttentionParams scores = p;
   scores.lse = lse;
+  scores.lse_low = lse_low;
   scores.D_v = 0;
   scores.dropout = false;
   scores.as_many = true;
@@ -150,23 +153,25 @@ void attention_backward(const AttentionParams& forward, const AttentionGradients
   threads = worthwhile(p, threads);
   const auto few = [&](const Sequence& s) { return p.few(s); };
   const bool again = std::any_of(p.sequences.begin(), p.sequences.end(), few);
-  const Scratch summed(again ? sizeof(float) * (p.packed ? 1 : p.B) * size_t(p.H) * p.rows_q : 0);
+  const int64_t rows = (p.packed ? 1 : p.B) * int64_t(p.H) * p.rows_q;
+  const Scratch summed(again ? sizeof(float) * 2 * size_t(rows) : 0);
   if (again) {
     p.lse = reinterpret_cast<float*>(summed.data());
-    sum_again(forward, p.lse, threads);
+    p.lse_low = p.lse + rows;
+    sum_again(forward, p.lse, p.lse_low, threads);
   }
   const BackwardPlan plan = plan_backward(p);
-  const int64_t rows = (p.packed ? 1 : p.B) * int64_t(p.H) * p.rows_q, tiles = plan.first_tile.back();
+  const int64_t tiles = plan.first_tile.back();
   const int64_t keys = (p.packed ? 1 : p.B) * int64_t(p.H_kv) * p.rows_k;
   const auto floats = [](bool wanted, int64_t n) { return Scratch(wanted ? size_t(n) * sizeof(float) : 0); };
   const bool several = plan.most_tile_groups > 1;
   const Scratch dq = floats(g.dq.data, plan.most_key_groups * tiles * p.D * BLOCK_M);
   const Scratch dk = floats(several && g.dk.data, plan.most_tile_groups * keys * p.D);
   const Scratch dv = floats(several && g.dv.data, plan.most_tile_groups * keys * p.D_v);
-  const Scratch lse = floats(true, rows), delta = floats(true, rows);
+  const Scratch lse = floats(true, rows), lse_low = floats(true, rows), delta = floats(true, rows);
   const Scratch dslope = floats(g.dslopes, plan.most_key_groups * tiles * BLOCK_M);
   const auto at = [](const Scratch& s) { return reinterpret_cast<float*>(s.data()); };
-  const RowSums sums{at(lse), at(delta), at(dq), at(dslope), at(dk), at(dv)};
+  const RowSums sums{at(lse), at(lse_low), at(delta), at(dq), at(dslope), at(dk), at(dv)};
   AttentionGradients given = g;
   const int64_t full[4] = {p.B, p.H, p.rows_q, p.rows_k};
   given.dbias_is_ds = g.dbias != nullptr && !p.packed && p.softcap == 0.f && std::equal(full, full + 4, g.dbias_sizes);

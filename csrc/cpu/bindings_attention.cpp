@@ -42,13 +42,13 @@ float* floats(uintptr_t address) { return reinterpret_cast<float*>(address); }
 void bind_cpu_attention(py::module_& m) {
   py::class_<AttentionParams>(m, "Attention", "One call: its tensors, sizes and options.")
       .def(py::init([](int dtype, std::vector<int64_t> sizes, const py::object& q, const py::object& k,
-                       const py::object& v, const py::object& o, uintptr_t lse) {
+                       const py::object& v, const py::object& o, uintptr_t lse, uintptr_t lse_low) {
              AttentionParams p;
              p.dtype = DType(dtype);
              p.B = int(sizes.at(0)), p.H = int(sizes.at(1)), p.H_kv = int(sizes.at(2));
              p.rows_q = sizes.at(3), p.rows_k = sizes.at(4), p.D = int(sizes.at(5)), p.D_v = int(sizes.at(6));
              p.q = matrix(q), p.k = matrix(k), p.v = matrix(v), p.o = matrix(o);
-             p.lse = floats(lse);
+             p.lse = floats(lse), p.lse_low = floats(lse_low);
              p.sequences.assign(p.B, {0, 0, int(p.rows_q), int(p.rows_k)});
              return p;
            }),

@@ -3,6 +3,9 @@
 torch's attention multiplies a masked probability 0 with whatever v holds, so a NaN or inf behind a mask leaks
 (0 · NaN = NaN), in the backward also from k and q. With a mask it therefore serves only when the inputs can be
 looked at and are finite: CPU tensors in ordinary eager mode. On a GPU a look would stop the stream.
+
+The backward of its CPU kernel computes p = exp(s - lse) with lse = max + log Σ in float32, which loses log Σ where the
+scores are large. The kernel therefore serves a call with a gradient only while lse is small.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastattn.backends import reference
 from fastattn.reference.attention import visible_keys
@@ -36,6 +40,10 @@ COMPOSITE = True
 # torch's layer_norm computes dx = a dy + b x + c. In a row of few numbers the three cancel: over one column dweight,
 # which is 0, is off by roundings of Σ dy.
 SHORT_ROW = 8
+
+# The largest |lse| of which float32 keeps enough for a gradient that is rounded to this type: two roundings.
+LARGEST_LSE = {torch.float32: 16.0, torch.float16: 1024.0, torch.bfloat16: 8192.0}
+_FLASH = int(torch.nn.attention.SDPBackend.FLASH_ATTENTION.value)
 
 _layer_norm = torch.layer_norm  # what F.layer_norm calls, without its Python wrapper
 _rms_norm = torch.rms_norm
@@ -126,28 +134,60 @@ def attention(
     max_seqlens: Sequence[int | Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     q, k, v, bias, mask = x[:5]
-    if not return_lse and q.numel() and k.numel() and v.numel():
+    o = None
+    tangents = forward_ad._current_level >= 0  # of which torch's kernels have none
+    if not return_lse and not tangents and q.numel() and k.numel() and v.numel():
         if spec.plain:
-            return _fused(q, k, v, spec), None
-        if _beyond_sdpa(spec, q.device) is None:
+            o = _fused(q, k, v, spec)
+        elif _beyond_sdpa(spec, q.device) is None:
             S_q, S_k = q.shape[2], k.shape[2]
             if bias is not None:
                 if bias.dtype == q.dtype:
-                    return _fused(q, k, v, spec, bias), None
+                    o = _fused(q, k, v, spec, bias)
             elif _nothing_can_leak(q, k, v):
                 if spec.left is None and spec.right == 0 and not spec.mask and S_q == S_k:
-                    return _fused(q, k, v, spec, causal=True), None
-                return _fused(q, k, v, spec, visible_keys(spec, S_q, S_k, mask, q.device)), None
-    return reference.attention(x, spec, return_lse, max_seqlens)
+                    o = _fused(q, k, v, spec, causal=True)
+                else:
+                    o = _fused(q, k, v, spec, visible_keys(spec, S_q, S_k, mask, q.device))
+    return (o, None) if o is not None else reference.attention(x, spec, return_lse, max_seqlens)
 
 
 def _fused(
     q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, attn_mask: Tensor | None = None, causal: bool = False
-) -> Tensor:
+) -> Tensor | None:
+    """torch's attention; None where the scores are seen to be too large for its gradient."""
     if attn_mask is not None:
         attn_mask = attn_mask.expand(*q.shape[:3], k.shape[2])
     grouped = True if spec.G > 1 else False  # noqa: SIM210 (with dynamic shapes the comparison is symbolic)
+    if q.is_cpu and torch.is_grad_enabled() and q.dtype in LARGEST_LSE:
+        if not is_plain(q, k, v, attn_mask):
+            attn_mask = _without_large_rows(attn_mask)
+        elif q.requires_grad or k.requires_grad or v.requires_grad:
+            call = q, k, v, attn_mask, 0.0, causal
+            if torch._fused_sdp_choice(*call, scale=spec.scale, enable_gqa=grouped) == _FLASH:
+                return _flash(q, k, v, attn_mask, causal, spec)
     return _sdpa(q, k, v, attn_mask, 0.0, causal, scale=spec.scale, enable_gqa=grouped)
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, causal: bool, spec: AttentionSpec):
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.where(attn_mask, q.new_zeros(()), -math.inf)
+    o, lse = torch._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, causal, attn_mask=attn_mask, scale=spec.scale
+    )
+    largest = torch.linalg.vector_norm(lse.detach(), math.inf).item()
+    return o if largest <= LARGEST_LSE[q.dtype] else None
+
+
+def _without_large_rows(attn_mask: Tensor | None) -> Tensor | None:
+    """A bias, less the maximum of each row where that is large: the softmax is the same, and its lse is small.
+
+    For tensors whose numbers cannot be looked at. Scores that q and k make large remain so.
+    """
+    if attn_mask is None or attn_mask.dtype == torch.bool or attn_mask.requires_grad:
+        return attn_mask  # with a gradient of its own, torch's kernel is not used
+    highest = attn_mask.detach().amax(-1, keepdim=True)
+    return attn_mask - torch.where((highest.abs() > LARGEST_LSE[torch.float32]) & highest.isfinite(), highest, 0.0)
 
 
 def add_residual(x: Tensor, residual: Tensor | None, seed: Tensor | None, spec: NormSpec) -> Tensor:

@@ -68,7 +68,7 @@ def _attend(
     if run.COMPOSITE:
         o, lse = run.attention(inputs, spec, return_lse, max_seqlens)
     else:
-        o, lse = attention_op(inputs, spec, run.NAME)
+        o, lse, _ = attention_op(inputs, spec, run.NAME)
     return (o, lse) if return_lse else o
 
 

@@ -1,4 +1,7 @@
-"""fastattn::attention: q, k, v and what acts on their scores -> (o, lse), differentiable in both outputs.
+"""fastattn::attention: q, k, v and what acts on their scores -> (o, lse, lse_low), differentiable in o and lse.
+
+lse_low is what float32 rounds off lse: exp(s - lse) would lose log Σ where the scores are large, exp(s - lse - lse_low)
+is the probability.
 
 Packed sequences are (1, H, T, D) with cu_seqlens. bias and mask have four dimensions, of length 1 where they broadcast;
 seed keys the dropout, if any; qk_scales (B, H) and v_scales (B, H_kv) belong to 8-bit q, k and v.
@@ -31,7 +34,8 @@ def output_like(q: Tensor, D_v: int, dtype: torch.dtype | None = None) -> Tensor
 def _allocate(inputs, spec: AttentionSpec):
     q = inputs[0]
     B, H, S_q, _ = q.shape
-    return output_like(q, spec.D_v, spec.out_dtype), q.new_empty(B, H, S_q, dtype=torch.float32)
+    lse, lse_low = (q.new_empty(B, H, S_q, dtype=torch.float32) for _ in range(2))
+    return output_like(q, spec.D_v, spec.out_dtype), lse, lse_low
 
 
 def _launch(outputs, inputs, spec: AttentionSpec, backend: str):
@@ -50,11 +54,14 @@ def _allocate_grads(saved, wanted, spec: AttentionSpec):
 def _launch_backward(grad_inputs, grads, saved, spec: AttentionSpec, backend: str):
     inputs = AttentionInputs(*(saved[name] for name in INPUTS))
     run = serving("attention_backward", backend, spec, inputs.q.device)
-    run.attention_backward(AttentionInputs(*grad_inputs), *grads, inputs, saved["o"], saved["lse"], spec)
+    do, dlse, _ = grads
+    outputs = saved["o"], saved["lse"], saved["lse_low"]
+    run.attention_backward(AttentionInputs(*grad_inputs), do, dlse, inputs, *outputs, spec)
 
 
 def _reference(inputs, spec: AttentionSpec):
-    return get("reference").attention(AttentionInputs(*inputs), spec, return_lse=True)
+    o, lse = get("reference").attention(AttentionInputs(*inputs), spec, return_lse=True)
+    return o, lse, torch.zeros_like(lse)  # its derivatives read none of them
 
 
 def _encode(spec: AttentionSpec) -> tuple:
@@ -87,9 +94,9 @@ _attention = Definition(
     name="attention",
     function_name="AttentionFunction",
     inputs=(*INPUTS[:3], *(f"{name}?" for name in INPUTS[3:])),
-    outputs=("o", "lse"),
+    outputs=("o", "lse", "lse_low"),
     differentiable=("o", "lse"),
-    saved=(*INPUTS, "o", "lse"),
+    saved=(*INPUTS, "o", "lse", "lse_low"),
     scalars="float scale, int? left, int? right, bool top_left, float? softcap, float dropout_p",
     encode=_encode,
     decode=_decode,

@@ -37,15 +37,15 @@ def _stored(tangent: Tensor | None) -> Tensor | None:
 
 
 def _definition(attention: Definition) -> Definition:
-    """(inputs, o, lse, tangents of inputs) -> (to, tlse), a function of the inputs and their tangents."""
-    n = len(attention.inputs)
+    """(inputs, outputs, tangents of inputs) -> (to, tlse), a function of the inputs and their tangents."""
+    n, n_outputs, n_results = len(attention.inputs), len(attention.outputs), len(attention.differentiable)
     index = [[name.rstrip("?") for name in attention.inputs].index(name) for name in DIFFERENTIABLE_INPUTS]
 
     def split(tensors: Tensors) -> tuple[Tensors, Tensors, Tensors]:
-        return tensors[:n], tensors[n : n + 2], tensors[n + 2 :]
+        return tensors[:n], tensors[n : n + n_outputs], tensors[n + n_outputs :]
 
     def allocate(tensors: Tensors, spec: AttentionSpec) -> Tensors:
-        return attention.allocate(tensors[:n], spec)
+        return attention.allocate(tensors[:n], spec)[:n_results]
 
     def launch(results: Tensors, tensors: Tensors, spec: AttentionSpec, backend: str) -> None:
         inputs, outputs, tangents = split(tensors)
@@ -61,10 +61,10 @@ def _definition(attention: Definition) -> Definition:
         directions: list[Tensor | None] = [None] * n
         for i, tangent in zip(index, tangents, strict=True):
             wanted[i], directions[i] = tangent is not None, tangent
-        zeros = tuple(None if t is None else torch.zeros_like(t) for t in outputs)
+        zeros = tuple(None if t is None else torch.zeros_like(t) for t in outputs[:n_results])
 
         def pulled_back(u: Tensors) -> Tensors:
-            return vjp(lambda inputs: attention.reference(inputs, spec), inputs, wanted, u)
+            return vjp(lambda inputs: attention.reference(inputs, spec)[:n_results], inputs, wanted, u)
 
         return vjp(pulled_back, zeros, (True, True), tuple(directions))
 
@@ -84,7 +84,7 @@ def _definition(attention: Definition) -> Definition:
         name="attention_jvp",
         function_name="AttentionJVPFunction",
         inputs=inputs,
-        outputs=tuple(f"t{name}" for name in attention.outputs),
+        outputs=tuple(f"t{name}" for name in attention.differentiable),
         differentiable=tuple(f"t{name}" for name in attention.outputs),
         saved=tuple(name.rstrip("?") for name in inputs),
         scalars=attention.scalars,

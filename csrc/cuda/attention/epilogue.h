@@ -25,24 +25,30 @@ __device__ __forceinline__ void store_fragment(uint32_t shared, const float (&o)
   }
 }
 
-// Rows of `shared` whose o is not finite, once more and exactly; see exact_row.h. By a whole warp, on its own 16 rows.
+// Rows of `shared` that are far or, where keys are hidden, whose o is not finite, once more and exactly; see exact_row.h.
+// By a whole warp, on its own 16 rows.
 template <class T, int D, int D_V>
 __device__ __forceinline__ void repair_rows(uint32_t shared, const float (&o)[D_V / 2], const float (&lse)[2],
-                                            const QueryRows& rows, const ForwardArguments& p, int thread) {
+                                            const bool (&far)[2], bool hidden, const QueryRows& rows,
+                                            const ForwardArguments& p, int thread) {
   float non_finite[2] = {0, 0};
   accumulate_non_finite(non_finite, o);
 #pragma unroll
   for (int r = 0; r < 2; r++) {
     const bool exists = rows.exists(first_row(thread) + 8 * r, p);
-    const uint32_t wrong = ptx::ballot(exists && non_finite[r] != 0 && lse[r] == lse[r]);
+    const uint32_t wrong = ptx::ballot(exists && (far[r] || (hidden && non_finite[r] != 0 && lse[r] == lse[r])));
     for (int group = 0; group < 8; group++) {  // lanes 4·group … 4·group + 3 share a row
       if ((wrong >> (4 * group) & 15) == 0) continue;
       const int row = thread / 32 * ROWS_PER_WARP + group + 8 * r;
       const T* q = static_cast<const T*>(p.q) + rows.at(row, p.stride_qb, p.stride_qh, p.stride_qm, p);
       const T* k = static_cast<const T*>(p.k) + rows.first_key(p.stride_kb, p.stride_kh, p.stride_kn, p);
       const T* v = static_cast<const T*>(p.v) + rows.first_key(p.stride_vb, p.stride_vh, p.stride_vn, p);
-      float exact[(D_V + 63) / 64 * 2];
-      exact_row<T, D, D_V>(exact, q, k, v, rows.keys(row, p), ptx::shuffle(lse[r], 4 * group), p);
+      float exact[(D_V + 63) / 64 * 2], exact_lse, exact_low;
+      exact_row<T, D, D_V>(exact, exact_lse, exact_low, q, k, v, rows.keys(row, p), p);
+      if (thread % 32 == 4 * group) {  // which stored the first ones
+        ptx::st_global(p.lse + rows.lse_at(row, p), exact_lse);
+        ptx::st_global(p.lse_low + rows.lse_at(row, p), exact_low);
+      }
 #pragma unroll
       for (int t = 0; t < (D_V + 63) / 64; t++) {
         const int column = 2 * (thread % 32) + 64 * t;
@@ -80,12 +86,15 @@ __device__ __forceinline__ void store_rows(uint32_t shared, const QueryRows& row
   }
 }
 
-__device__ __forceinline__ void store_lse(const float (&lse)[2], const QueryRows& rows, const ForwardArguments& p,
-                                          int thread) {
+__device__ __forceinline__ void store_lse(const float (&lse)[2], const float (&lse_low)[2], const QueryRows& rows,
+                                          const ForwardArguments& p, int thread) {
 #pragma unroll
   for (int r = 0; r < 2; r++) {
     const int row = first_row(thread) + 8 * r;
-    if (thread % 4 == 0 && rows.exists(row, p)) ptx::st_global(p.lse + rows.lse_at(row, p), lse[r]);
+    if (thread % 4 == 0 && rows.exists(row, p)) {
+      ptx::st_global(p.lse + rows.lse_at(row, p), lse[r]);
+      ptx::st_global(p.lse_low + rows.lse_at(row, p), lse_low[r]);
+    }
   }
 }
 

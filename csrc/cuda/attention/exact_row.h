@@ -3,6 +3,8 @@
 // a row whose o is finite got nothing from hidden keys; a row whose o is not is computed again here, one key after
 // the other, from those it sees alone. Rare, hence small rather than fast. Where no row has a hidden key that exists,
 // and where the scores themselves are NaN, what is not finite is right as it is.
+//
+// Rows of scores beyond FAR (softmax.h) are computed again here too.
 #pragma once
 #include <attention/mask.h>
 #include <ptx/global.h>
@@ -24,26 +26,37 @@ __device__ __forceinline__ void load_pair(float (&x)[2], const T* row) {
   x[1] = ptx::to_float(pair[1]);
 }
 
+// q·k by a whole warp, in every lane: lane l multiplies columns 2l + 64j and the next.
+template <class T, int D>
+__device__ __forceinline__ float exact_score(const T* q, const T* k, const Score& score) {
+  float s = 0;
+  for (int c = 2 * (threadIdx.x % 32); c < D; c += 64) {
+    float x[2], y[2];
+    load_pair(x, q + c);
+    load_pair(y, k + c);
+    s += x[0] * y[0] + x[1] * y[1];
+  }
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2) s += ptx::shuffle_xor(s, mask);
+  return score.transformed ? apply_score(s, score) : s;
+}
+
 // One row of o by a whole warp: lane l has columns 2l + 64j and the next in o[2j] and o[2j + 1].
-//   o = Σ p v over the keys that the row sees,  p = exp(s - lse);  p · v = v where v is not finite, however small p is
+//   p = exp(s - max);   o = Σ p v / Σ p over the keys that the row sees;   p · v = v where v is not finite
 template <class T, int D, int D_V>
-__device__ __forceinline__ void exact_row(float (&o)[(D_V + 63) / 64 * 2], const T* q, const T* k, const T* v,
-                                          const VisibleKeys& keys, float lse, const ForwardArguments& p) {
+__device__ __forceinline__ void exact_row(float (&o)[(D_V + 63) / 64 * 2], float& lse, float& lse_low, const T* q,
+                                          const T* k, const T* v, const VisibleKeys& keys, const ForwardArguments& p) {
   const int column = 2 * (threadIdx.x % 32);
+  float row_max = -INFINITY, sum = 0;
+  for (int64_t j = keys.begin; j < keys.end; j++)
+    row_max = ptx::max_nan(row_max, exact_score<T, D>(q, k + j * p.stride_kn, p.score));
+  const float top = row_max == -INFINITY ? 0.0f : row_max;
 #pragma unroll
   for (float& x : o) x = 0;
   for (int64_t j = keys.begin; j < keys.end; j++) {
-    float s = 0;
-    for (int c = column; c < D; c += 64) {
-      float x[2], y[2];
-      load_pair(x, q + c);
-      load_pair(y, k + j * p.stride_kn + c);
-      s += x[0] * y[0] + x[1] * y[1];
-    }
-#pragma unroll
-    for (int mask = 16; mask > 0; mask /= 2) s += ptx::shuffle_xor(s, mask);
-    if (p.score.transformed) s = apply_score(s, p.score);
-    const float probability = ptx::exp2_approx(s * p.score.factor - lse * LOG2_E);
+    const float s = exact_score<T, D>(q, k + j * p.stride_kn, p.score);
+    const float probability = ptx::exp2_approx((s - top) * p.score.factor);
+    sum += probability;
 #pragma unroll
     for (int t = 0; t < (D_V + 63) / 64; t++) {
       if (column + 64 * t >= D_V) continue;
@@ -53,6 +66,12 @@ __device__ __forceinline__ void exact_row(float (&o)[(D_V + 63) / 64 * 2], const
       for (int e = 0; e < 2; e++) o[2 * t + e] += fabsf(y[e]) < INFINITY ? probability * y[e] : y[e];
     }
   }
+  const bool empty = sum == 0;
+#pragma unroll
+  for (float& x : o) x = empty ? x : x / sum;
+  const float highest = row_max * p.score.scale, log_sum = ptx::log2_approx(sum) * LN_2;
+  lse = empty ? -INFINITY : highest + log_sum;
+  lse_low = empty ? 0.0f : rounded_off(highest, log_sum, lse) + fmaf(row_max, p.score.scale, -highest);
 }
 
 }  // namespace attention

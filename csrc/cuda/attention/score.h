@@ -12,7 +12,8 @@
 namespace attention {
 
 struct Score {
-  float factor;     // exp2's
+  float factor;     // exp2's: scale · log2 e
+  float scale;      // the logit is scale · s
   int transformed;  // 0: logits are used as they are
   float inner;      // softcap: 2·log2(e)·scale / softcap; otherwise the scale
   float softcap;    // 0: none
@@ -21,11 +22,17 @@ struct Score {
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float LN_2 = 0.6931471805599453f;
 
+// a + b - sum, where sum = a + b was rounded; source: Knuth, "The Art of Computer Programming", 4.2.2, theorem B
+__device__ __forceinline__ float rounded_off(float a, float b, float sum) {
+  const float second = sum - a;
+  return (a - (sum - second)) + (b - second);
+}
+
 inline Score make_score(float scale, float softcap) {
   constexpr float SMALLEST = 1e-30f;  // below it, factor · s may be flushed to 0
-  if (softcap > 0) return {LOG2_E, 1, 2 * LOG2_E * scale / softcap, softcap};
-  if (scale < SMALLEST) return {LOG2_E, 1, scale, 0};
-  return {scale * LOG2_E, 0, 1, 0};
+  if (softcap > 0) return {LOG2_E, 1, 1, 2 * LOG2_E * scale / softcap, softcap};
+  if (scale < SMALLEST) return {LOG2_E, 1, 1, scale, 0};
+  return {scale * LOG2_E, scale, 0, 1, 0};
 }
 
 // c·tanh(x / c) = c - 2c / (1 + exp2(2·log2(e)·x / c)), to 2^-23 of c (tanh.approx: 2^-11)

@@ -1,9 +1,13 @@
 // The online softmax of a thread's two rows; every case of a maximum of -inf is handled here.
 //
-//   p = exp2(factor · (s - row_max));   row_sum = Σ p;   what was summed before is multiplied by `rescale`
+//   p = exp2(factor · (s - row_max) + residue);   row_sum = Σ p;   what was summed before is multiplied by `rescale`
 //
 // Lazily: row_max may lag behind by up to LAZY / factor, so that p <= 2^LAZY and the sums need no rescaling; most tiles
 // after the first raise no maximum that far. o / row_sum and row_max + log row_sum do not depend on row_max.
+//
+// The exponent is one fused multiply-add, s · factor - offset, where offset = factor · row_max was rounded; the residue,
+// factor · row_max - offset, is at most 1/2 and known while offset is below FAR. Rows beyond are computed again, each
+// key alone (exact_row.h).
 #pragma once
 #include <attention/exp2.h>
 #include <attention/fragment.h>
@@ -25,6 +29,8 @@ __device__ __forceinline__ float quad_sum(float x) {
   x += ptx::shuffle_xor(x, 1);
   return x + ptx::shuffle_xor(x, 2);
 }
+
+constexpr float FAR = 16777216.0f;  // 2^24
 
 // LAZY: how far, in log2, a maximum may lag behind; 0: not at all.
 template <int LAZY, int POLYNOMIAL_EIGHTHS, int POLYNOMIAL_DEGREE>
@@ -54,13 +60,13 @@ struct OnlineSoftmax {
     float sum[2] = {0, 0};
 #pragma unroll
     for (int i = 0; i < N; i++) {
-      s[i] = exp2_shared_out<POLYNOMIAL_EIGHTHS, POLYNOMIAL_DEGREE>(s[i] * factor - offset[row_half(i)], i);
+      s[i] = exp2_shared_out<POLYNOMIAL_EIGHTHS, POLYNOMIAL_DEGREE>(fmaf(s[i], factor, -offset[row_half(i)]), i);
       sum[row_half(i)] += s[i];
     }
     if (grown) {
 #pragma unroll
       for (int r = 0; r < 2; r++) {
-        rescale[r] = ptx::exp2_approx(old_max[r] * factor - offset[r]);
+        rescale[r] = ptx::exp2_approx(fmaf(old_max[r], factor, -offset[r]) - residue(old_max[r]));
         row_sum[r] *= rescale[r];
       }
     }
@@ -69,15 +75,31 @@ struct OnlineSoftmax {
     return grown;
   }
 
-  // -> (1 / row_sum, lse), lse = row_max + log row_sum; a row that saw nothing has 0 and -inf.
-  __device__ __forceinline__ void finish(float (&normaliser)[2], float (&lse)[2]) {
+  // -> (1 / row_sum, lse, lse_low) of logits scale · s: lse + lse_low = scale · row_max + log row_sum, where lse_low is
+  // what fp32 rounds off lse; a row that saw nothing has 0, -inf and 0.
+  __device__ __forceinline__ void finish(float scale, float (&normaliser)[2], float (&lse)[2], float (&lse_low)[2]) {
 #pragma unroll
     for (int r = 0; r < 2; r++) {
       const float sum = quad_sum(row_sum[r]);
       const bool empty = sum == 0;
       normaliser[r] = empty ? 0.0f : ptx::rcp_approx(sum);
-      lse[r] = empty ? -INFINITY : (row_max[r] * factor + ptx::log2_approx(sum)) * LN_2;
+      const float highest = row_max[r] * scale, log_sum = (ptx::log2_approx(sum) - residue(row_max[r])) * LN_2;
+      const float total = highest + log_sum;
+      lse[r] = empty ? -INFINITY : total;
+      lse_low[r] = empty ? 0.0f : rounded_off(highest, log_sum, total) + fmaf(row_max[r], scale, -highest);
     }
+  }
+
+  // True if row r of this thread has scores whose exponents were rounded too much.
+  __device__ __forceinline__ bool far(int r) const {
+    const float offset = fabsf(row_max[r] * factor);
+    return FAR <= offset && offset < INFINITY;
+  }
+
+ private:
+  __device__ __forceinline__ float residue(float top) const {
+    const float offset = top * factor;
+    return fabsf(offset) < FAR ? fmaf(top, factor, -offset) : 0.0f;
   }
 };
 

@@ -206,16 +206,18 @@ __device__ __forceinline__ void consume(const ForwardArguments& p, const SharedL
       v_ring.at.advance();
     }
 
-    float normaliser[2], lse[2];
-    softmax.finish(normaliser, lse);
+    float normaliser[2], lse[2], lse_low[2];
+    softmax.finish(p.score.scale, normaliser, lse, lse_low);
     const attention::QueryRows rows(tile(), w);
-    attention::store_lse(lse, rows, p, thread);
+    attention::store_lse(lse, lse_low, rows, p, thread);
     if (thread == 0 && !Planted::has(Bug::NoStoreWait)) ptx::tma_store_wait_read<0>();
     warpgroup_sync(w);  // the tile of O is free: of the last O, and of Q where they share it
     attention::store_fragment<T, C.D_v>(o_tile, o, normaliser, thread);
-    if (p.hidden_keys && !Planted::has(Bug::LeakHidden)) {
+    const bool hidden = p.hidden_keys && !Planted::has(Bug::LeakHidden);
+    const bool far[2] = {softmax.far(0), softmax.far(1)};
+    if (hidden || ptx::ballot(far[0] || far[1]) != 0) {
       ptx::warp_sync();
-      attention::repair_rows<T, C.D, C.D_v>(o_tile, o, lse, rows, p, thread);
+      attention::repair_rows<T, C.D, C.D_v>(o_tile, o, lse, far, hidden, rows, p, thread);
     }
     if (rows.others_follow(p) && !Planted::has(Bug::StoreBeyondSequence)) {
       ptx::warp_sync();

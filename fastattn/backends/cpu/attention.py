@@ -15,27 +15,30 @@ from fastattn.spec import AttentionInputs, AttentionSpec
 LONGEST = 2**28  # of rows; the kernels add a few such numbers up in 32 bits
 
 
-def attention_forward(o: Tensor, lse: Tensor, x: AttentionInputs, spec: AttentionSpec) -> None:
-    """Fill o and lse."""
+def attention_forward(o: Tensor, lse: Tensor, lse_low: Tensor, x: AttentionInputs, spec: AttentionSpec) -> None:
+    """Fill o, lse and lse_low."""
     if x.cu_seqlens_q is not None:
         packed = int(x.cu_seqlens_q[-1])
         o[:, :, packed:].zero_()
         lse[:, :, packed:].fill_(-math.inf)
+        lse_low[:, :, packed:].zero_()
     if o.shape[2] == 0 or x.B == 0:
         return
     if o.shape[3] == 0:
         o = o.new_empty(*o.shape[:3], 1)
-    call, _kept = _call(o, lse, x, spec)
+    call, _kept = _call(o, lse, lse_low, x, spec)
     call.forward(module.threads())
 
 
-def _call(o: Tensor, lse: Tensor, x: AttentionInputs, spec: AttentionSpec) -> tuple[Any, tuple[Tensor | None, ...]]:
+def _call(
+    o: Tensor, lse: Tensor, lse_low: Tensor, x: AttentionInputs, spec: AttentionSpec
+) -> tuple[Any, tuple[Tensor | None, ...]]:
     """The native description of a call, and the tensors that it needs to stay alive."""
     if x.cu_seqlens_q is None:
         _check_lengths(x, spec)
     sizes = (x.B, spec.H, spec.H_kv, x.q.shape[2], x.k.shape[2], spec.D, spec.D_v)
     tensors = matrix(x.q), matrix(x.k), matrix(x.v), matrix(o)
-    call = module.load().Attention(DTYPES[spec.dtype], sizes, *tensors, lse.data_ptr())
+    call = module.load().Attention(DTYPES[spec.dtype], sizes, *tensors, lse.data_ptr(), lse_low.data_ptr())
     if spec.windowed:
         call.window(*(-1 if side is None else min(side, 2**31) for side in (spec.left, spec.right)), spec.top_left)
     bias = x.bias if x.bias is None or x.bias.dtype in DTYPES else x.bias.float()
@@ -78,6 +81,7 @@ def attention_backward(
     x: AttentionInputs,
     o: Tensor,
     lse: Tensor,
+    lse_low: Tensor,
     spec: AttentionSpec,
 ) -> None:
     """Fill the gradients that are not None, from the gradients of o and lse that are not None."""
@@ -92,8 +96,8 @@ def attention_backward(
                 grad[:, :, int(cu_seqlens[-1]) :].zero_()
     if do is None:
         do = o.new_zeros(()).expand(o.shape)
-    lse = lse.contiguous()  # vmap hands out expanded ones
-    call, kept = _call(o, lse, x, spec)
+    lse, lse_low = lse.contiguous(), lse_low.contiguous()  # vmap hands out expanded ones
+    call, kept = _call(o, lse, lse_low, x, spec)
     dslopes, dsinks, dbias = (
         None if grad is None else lse.new_empty(shape)
         for grad, shape in (

@@ -20,7 +20,14 @@ _ROWS = 128  # of scores held at once, in every head
 
 
 def attention_tangents(
-    to: Tensor, tlse: Tensor, t: AttentionInputs, x: AttentionInputs, o: Tensor, lse: Tensor, spec: AttentionSpec
+    to: Tensor,
+    tlse: Tensor,
+    t: AttentionInputs,
+    x: AttentionInputs,
+    o: Tensor,
+    lse: Tensor,
+    lse_low: Tensor,
+    spec: AttentionSpec,
 ) -> None:
     """Fill to and tlse from the tangents of the inputs; None: 0."""
     to.zero_()

@@ -31,9 +31,10 @@ SMALL = {
     "cross_entropy": Limits(16_384, 65_536, 16_384, 32_768),
 }
 # In compiled code, where a kernel is called by way of the dispatcher, and torch's operations become one loop, with what
-# stands before and behind them.
+# stands before and behind them. The gradient of torch's attention is right for small scores alone, at which a compiler
+# cannot look (backends/eager.py).
 SMALL_COMPILED = {
-    "attention": Limits(2_097_152, 2_097_152, 262_144, 32_768),
+    "attention": Limits(2_097_152, 0, 262_144, 0),
     "layer_norm": Limits(2_097_152, 1_048_576, 524_288, 524_288),
     "softmax": Limits(262_144, 524_288, 131_072, 262_144),
     "swiglu": Limits(262_144, 262_144, 131_072, 131_072),

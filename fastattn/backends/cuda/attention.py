@@ -15,10 +15,11 @@ _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 _ALIGNMENT = 16  # bytes, of what TMA moves
 
 
-def attention_forward(o: Tensor, lse: Tensor, x: AttentionInputs, spec: AttentionSpec) -> None:
+def attention_forward(o: Tensor, lse: Tensor, lse_low: Tensor, x: AttentionInputs, spec: AttentionSpec) -> None:
     if x.B == 0:  # packed rows may be there even so, and see nothing
         o.zero_()
         lse.fill_(-math.inf)
+        lse_low.zero_()
         return
     q, k, v = (movable(t) for t in (x.q, x.k, x.v))
     cu = {name: t.data_ptr() for name in ("cu_seqlens_q", "cu_seqlens_k") if (t := getattr(x, name)) is not None}
@@ -28,7 +29,8 @@ def attention_forward(o: Tensor, lse: Tensor, x: AttentionInputs, spec: Attentio
     with torch.cuda.device_of(q):
         load(q.device).attention_forward(
             q=q.data_ptr(), k=k.data_ptr(), v=v.data_ptr(), o=o.data_ptr(), lse=lse.data_ptr(),
-            q_strides=q.stride()[:3], k_strides=k.stride()[:3], v_strides=v.stride()[:3], o_strides=o.stride()[:3],
+            lse_low=lse_low.data_ptr(), q_strides=q.stride()[:3], k_strides=k.stride()[:3], v_strides=v.stride()[:3],
+            o_strides=o.stride()[:3],
             B=x.B, H=spec.H, H_kv=spec.H_kv, S_q=q.shape[2], S_k=k.shape[2], D=spec.D, D_v=spec.D_v,
             dtype=_DTYPES[spec.dtype], scale=spec.scale, softcap=spec.softcap or 0.0, **sides,
             bottom_right=not spec.top_left, **cu, counter=counter.data_ptr(), stream=stream,

@@ -151,11 +151,11 @@ def _on(t: Tensor):
     return torch.cuda.device_of(t)
 
 
-def attention_forward(o: Tensor, lse: Tensor, x: AttentionInputs, spec: AttentionSpec) -> None:
+def attention_forward(o: Tensor, lse: Tensor, lse_low: Tensor, x: AttentionInputs, spec: AttentionSpec) -> None:
     from fastattn.backends.triton.attention_fwd import launch
 
     with _on(o):
-        launch(o, lse, x, spec)
+        launch(o, lse, lse_low, x, spec)
 
 
 def attention_backward(
@@ -165,13 +165,14 @@ def attention_backward(
     x: AttentionInputs,
     o: Tensor,
     lse: Tensor,
+    lse_low: Tensor,
     spec: AttentionSpec,
 ) -> None:
     from fastattn.backends.triton.attention_bwd import launch
 
     _has_derivatives(spec)
     with _on(o):
-        launch(grads, do, dlse, x, o, lse, spec)
+        launch(grads, do, dlse, x, o, lse, lse_low, spec)
 
 
 def attention_tangents(
@@ -181,13 +182,14 @@ def attention_tangents(
     x: AttentionInputs,
     o: Tensor,
     lse: Tensor,
+    lse_low: Tensor,
     spec: AttentionSpec,
 ) -> None:
     from fastattn.backends.triton.attention_jvp import launch
 
     _has_derivatives(spec)
     with _on(o):
-        launch(to, tlse, tangents, x, o, lse, spec)
+        launch(to, tlse, tangents, x, o, lse, lse_low, spec)
 
 
 def _has_derivatives(spec: AttentionSpec) -> None:

@@ -1,9 +1,10 @@
 """Attention backward, in two passes, each recomputing p from lse; every sum has one order, so its bits are repeatable.
 
     a = scale · q kᵀ                s = f(a)                   delta = rowsum(o ∘ do) - dlse
+                                    p = exp(s - lse - lse_low)
     dp = dropout(do vᵀ)             ds = p ∘ (dp - delta)      da = ds ∘ f'(a)
     dq = scale · da k               dk = scale · daᵀ q         dv = dropout(p)ᵀ do
-    dslope = -Σ ds ∘ distance       dsink = -Σ exp(sink - lse) delta
+    dslope = -Σ ds ∘ distance       dsink = -Σ exp(sink - lse - lse_low) delta
 
 The first pass holds a tile of queries, visits the keys it sees, and writes delta, dq and its part of the gradients of
 slopes and sinks. The second holds a tile of keys and visits the queries that see it, over all heads of its group, and
@@ -33,7 +34,7 @@ from fastattn.backends.triton.blocks.dropout import dropout_factor, head_dropout
 from fastattn.backends.triton.blocks.features import Dropout
 from fastattn.backends.triton.blocks.mask import finite_or_zero, head_window, hide, visible, window_of
 from fastattn.backends.triton.blocks.query_tile import query_tile
-from fastattn.backends.triton.blocks.score import apply_score, distance, head_score, score_factor, scores_of
+from fastattn.backends.triton.blocks.score import apply_score, distance, head_score, logit_scale, scores_of
 from fastattn.backends.triton.blocks.seqlen import head_start, locate, other_rows, own_rows
 from fastattn.backends.triton.blocks.softmax import load_lse, load_sink, probability
 from fastattn.backends.triton.blocks.tile import (
@@ -54,12 +55,12 @@ from fastattn.spec import AttentionInputs, AttentionSpec
 
 @triton.jit
 def _query_span(
-    dq, dslope, q, do, lse, delta, k_rows, v_rows, m, i_lo, i_hi, spans, w, score, drop,
+    dq, dslope, q, do, lse, lse_low, delta, k_rows, v_rows, m, i_lo, i_hi, spans, w, score, drop,
     D: tl.constexpr, D_V: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, SLOPE: tl.constexpr,
     F: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """dq / scale, and with SLOPE -dslope by row, over the key tiles at places i_lo … i_hi - 1."""
-    factor = score_factor(score, F)
+    scale = logit_scale(score, F)
     for i in range(i_lo, i_hi):
         n_start = tile_at(i, spans, F) * BLOCK_N
         n = n_start + tl.arange(0, BLOCK_N)
@@ -67,7 +68,7 @@ def _query_span(
         k = load_tile(k_rows, n_start, n, w.S_k, MASKED, D)  # (N, D)
         v = load_tile(v_rows, n_start, n, w.S_k, MASKED, D_V)  # (N, D_v)
         s, derivative = apply_score(inner(q, k, DOT), row, col, w, score, MASKED, F)  # (M, N)
-        p = probability(s, lse[:, None], factor)
+        p = probability(s, lse[:, None], lse_low[:, None], scale)
         dp = inner(do, v, DOT) * dropout_factor(row, col, drop, F)
         ds = p * (dp - delta[:, None])
         keep = visible(row, col, w, F) if MASKED else None
@@ -81,7 +82,7 @@ def _query_span(
 
 @triton.jit
 def attention_backward_dq_kernel(
-    DQ, DELTA, DSLOPES, DSINKS, Q, K, V, O, DO, LSE, DLSE,
+    DQ, DELTA, DSLOPES, DSINKS, Q, K, V, O, DO, LSE, LSE_LOW, DLSE,
     CU_SEQLENS_Q, CU_SEQLENS_K, TILES, MASK, BIAS, SLOPES, SINKS, SEED,
     stride_dqb, stride_dqh, stride_dqm, stride_dqd,
     stride_qb, stride_qh, stride_qm, stride_qd,
@@ -116,8 +117,9 @@ def attention_backward_dq_kernel(
         delta -= tl.load(DLSE + m.to(tl.int64) * stride_dlse_m, mask=m < w.S_q, other=0.0)
     start = head_start(rows_q, h, H, S_q)
     tl.store(DELTA + start + m, delta, mask=m < w.S_q)
+    lse, lse_low = load_lse(LSE + start, LSE_LOW + start, m, w.S_q)
     if DSINKS is not None:
-        p_sink = probability(load_sink(SINKS, stride_sink_h, h, b, B, F), load_lse(LSE + start, m, w.S_q), 1.0)
+        p_sink = probability(load_sink(SINKS, stride_sink_h, h, b, B, F), lse, lse_low, 1.0)
         tl.store(DSINKS + tl.program_id(0), -tl.sum(p_sink * delta, 0))
 
     if DQ is not None or DSLOPES is not None:
@@ -125,7 +127,6 @@ def attention_backward_dq_kernel(
         q_rows = matrix(Q, rows_q, h, stride_qb, stride_qh, stride_qm, stride_qd, BLOCK_M, D, F)
         k_rows = matrix(K, rows_k, h // G, stride_kb, stride_kh, stride_kn, stride_kd, BLOCK_N, D, F)
         v_rows = matrix(V, rows_k, h // G, stride_vb, stride_vh, stride_vn, stride_vd, BLOCK_N, D_V, F)
-        lse = load_lse(LSE + start, m, w.S_q)
         q = load_tile(q_rows, m_start, m, w.S_q, True, D)  # (M, D)
         dq = zeros(BLOCK_M, D)
         dslope = tl.zeros([BLOCK_M], tl.float32)
@@ -134,17 +135,17 @@ def attention_backward_dq_kernel(
         )
         if F.LEFT or F.MASK:
             dq, dslope = _query_span(
-                dq, dslope, q, do, lse, delta, k_rows, v_rows, m, spans.min, spans.left, spans, w, score, drop,
+                dq, dslope, q, do, lse, lse_low, delta, k_rows, v_rows, m, spans.min, spans.left, spans, w, score, drop,
                 D, D_V, BLOCK_N, True, SLOPE, F, DOT,
             )  # fmt: skip
         dq, dslope = _query_span(
-            dq, dslope, q, do, lse, delta, k_rows, v_rows, m, spans.whole, spans.right, spans, w, score, drop,
+            dq, dslope, q, do, lse, lse_low, delta, k_rows, v_rows, m, spans.whole, spans.right, spans, w, score, drop,
             D, D_V, BLOCK_N, False, SLOPE, F, DOT,
         )  # fmt: skip
         if not F.MASK:
             dq, dslope = _query_span(
-                dq, dslope, q, do, lse, delta, k_rows, v_rows, m, spans.right, spans.max, spans, w, score, drop,
-                D, D_V, BLOCK_N, True, SLOPE, F, DOT,
+                dq, dslope, q, do, lse, lse_low, delta, k_rows, v_rows, m, spans.right, spans.max, spans, w, score,
+                drop, D, D_V, BLOCK_N, True, SLOPE, F, DOT,
             )  # fmt: skip
         if DQ is not None:
             dq_rows = matrix(DQ, rows_q, h, stride_dqb, stride_dqh, stride_dqm, stride_dqd, BLOCK_M, D, F)
@@ -155,7 +156,7 @@ def attention_backward_dq_kernel(
 
 @triton.jit
 def _key_span(
-    dk, dv, k, v, q_heads, do_heads, stride_qh, stride_doh, LSE, DELTA, S_q,
+    dk, dv, k, v, q_heads, do_heads, stride_qh, stride_doh, LSE, LSE_LOW, DELTA, S_q,
     n, g_lo, n_heads, h_first, i_lo, i_hi, spans, w, scores, drop,
     D: tl.constexpr, D_V: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr, F: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
@@ -172,11 +173,12 @@ def _key_span(
         score = head_score(scores, h_first + g, F)
         q = load_tile(next_head(q_heads, g, stride_qh), m_start, m, w.S_q, True, D)  # (M, D)
         do = load_tile(next_head(do_heads, g, stride_doh), m_start, m, w.S_q, True, D_V)  # (M, D_v)
-        lse = load_lse(LSE + g.to(tl.int64) * S_q, m, w.S_q)
-        delta = tl.load(DELTA + g.to(tl.int64) * S_q + m, mask=m < w.S_q, other=0.0)
+        start = g.to(tl.int64) * S_q
+        lse, lse_low = load_lse(LSE + start, LSE_LOW + start, m, w.S_q)
+        delta = tl.load(DELTA + start + m, mask=m < w.S_q, other=0.0)
         # (N, M); a bias is always read under a mask here, because every tile may hold keys beyond S_k
         s, derivative = apply_score(inner(k, q, DOT), row, col, w, score, True, F)
-        p = probability(s, lse[None, :], score_factor(score, F))
+        p = probability(s, lse[None, :], lse_low[None, :], logit_scale(score, F))
         dropped = dropout_factor(row, col, head_dropout(drop, h_first + g), F)
         dp = inner(v, do, DOT) * dropped
         ds = p * (dp - delta[None, :]) * derivative
@@ -192,7 +194,7 @@ def _key_span(
 
 @triton.jit
 def attention_backward_dkdv_kernel(
-    DK, DV, DELTA, Q, K, V, DO, LSE, CU_SEQLENS_Q, CU_SEQLENS_K, TILES, MASK, BIAS, SLOPES, SEED,
+    DK, DV, DELTA, Q, K, V, DO, LSE, LSE_LOW, CU_SEQLENS_Q, CU_SEQLENS_K, TILES, MASK, BIAS, SLOPES, SEED,
     stride_dkb, stride_dkh, stride_dkn, stride_dkd,
     stride_dvb, stride_dvh, stride_dvn, stride_dvd,
     stride_qb, stride_qh, stride_qm, stride_qd,
@@ -227,8 +229,10 @@ def attention_backward_dkdv_kernel(
     v_rows = matrix(V, rows_k, h_kv, stride_vb, stride_vh, stride_vn, stride_vd, BLOCK_N, D_V, F)
     q_heads = matrix(Q, rows_q, h_first, stride_qb, stride_qh, stride_qm, stride_qd, BLOCK_M, D, F)
     do_heads = matrix(DO, rows_q, h_first, stride_dob, stride_doh, stride_dom, stride_dod, BLOCK_M, D_V, F)
-    LSE += head_start(rows_q, h_first, H_kv * G, S_q)
-    DELTA += head_start(rows_q, h_first, H_kv * G, S_q)
+    start = head_start(rows_q, h_first, H_kv * G, S_q)
+    LSE += start
+    LSE_LOW += start
+    DELTA += start
 
     n = n_start + tl.arange(0, BLOCK_N)
     k = load_tile(k_rows, n_start, n, w.S_k, True, D)  # (N, D)
@@ -241,28 +245,29 @@ def attention_backward_dkdv_kernel(
                 TILES, n_across, stride_tiles_b, stride_tiles_h, b, h_first + g, n_block, CU_SEQLENS_K, BLOCK_N, F
             )
             dk, dv = _key_span(
-                dk, dv, k, v, q_heads, do_heads, stride_qh, stride_doh, LSE, DELTA, S_q, n, g, 1, h_first, spans.min,
-                spans.left, spans, head_window(w, h_first + g, F), scores, drop, D, D_V, BLOCK_M, True, F, DOT,
+                dk, dv, k, v, q_heads, do_heads, stride_qh, stride_doh, LSE, LSE_LOW, DELTA, S_q, n, g, 1, h_first,
+                spans.min, spans.left, spans, head_window(w, h_first + g, F), scores, drop,
+                D, D_V, BLOCK_M, True, F, DOT,
             )  # fmt: skip
             dk, dv = _key_span(
-                dk, dv, k, v, q_heads, do_heads, stride_qh, stride_doh, LSE, DELTA, S_q, n, g, 1, h_first, spans.whole,
-                spans.right, spans, w, scores, drop, D, D_V, BLOCK_M, False, F, DOT,
+                dk, dv, k, v, q_heads, do_heads, stride_qh, stride_doh, LSE, LSE_LOW, DELTA, S_q, n, g, 1, h_first,
+                spans.whole, spans.right, spans, w, scores, drop, D, D_V, BLOCK_M, False, F, DOT,
             )  # fmt: skip
     else:
         spans = query_range(n_block, w, BLOCK_M, BLOCK_N, F)
         if F.RIGHT:
             dk, dv = _key_span(
-                dk, dv, k, v, q_heads, do_heads, stride_qh, stride_doh, LSE, DELTA, S_q, n, 0, G, h_first, spans.min,
-                spans.left, spans, w, scores, drop, D, D_V, BLOCK_M, True, F, DOT,
+                dk, dv, k, v, q_heads, do_heads, stride_qh, stride_doh, LSE, LSE_LOW, DELTA, S_q, n, 0, G, h_first,
+                spans.min, spans.left, spans, w, scores, drop, D, D_V, BLOCK_M, True, F, DOT,
             )  # fmt: skip
         dk, dv = _key_span(
-            dk, dv, k, v, q_heads, do_heads, stride_qh, stride_doh, LSE, DELTA, S_q, n, 0, G, h_first, spans.whole,
-            spans.right, spans, w, scores, drop, D, D_V, BLOCK_M, False, F, DOT,
+            dk, dv, k, v, q_heads, do_heads, stride_qh, stride_doh, LSE, LSE_LOW, DELTA, S_q, n, 0, G, h_first,
+            spans.whole, spans.right, spans, w, scores, drop, D, D_V, BLOCK_M, False, F, DOT,
         )  # fmt: skip
         if F.LEFT:
             dk, dv = _key_span(
-                dk, dv, k, v, q_heads, do_heads, stride_qh, stride_doh, LSE, DELTA, S_q, n, 0, G, h_first, spans.right,
-                spans.max, spans, w, scores, drop, D, D_V, BLOCK_M, True, F, DOT,
+                dk, dv, k, v, q_heads, do_heads, stride_qh, stride_doh, LSE, LSE_LOW, DELTA, S_q, n, 0, G, h_first,
+                spans.right, spans.max, spans, w, scores, drop, D, D_V, BLOCK_M, True, F, DOT,
             )  # fmt: skip
 
     if DK is not None:
@@ -280,6 +285,7 @@ def launch(
     x: AttentionInputs,
     o: Tensor,
     lse: Tensor,
+    lse_low: Tensor,
     spec: AttentionSpec,
 ) -> None:
     """Fill the gradients that are not None, from the gradients of o and lse that are not None."""
@@ -290,40 +296,40 @@ def launch(
         return
     if do is None:
         do = o.new_zeros(()).expand(o.shape)
-    lse = lse.contiguous()  # vmap hands out expanded ones
+    lse, lse_low = lse.contiguous(), lse_low.contiguous()  # vmap hands out expanded ones
     cfg = backward_config(arch(x), spec.D, spec.D_v, spec.dtype)
     delta = torch.empty_like(lse)
-    run_dq(grads, delta, do, dlse, x, o, lse, spec, cfg.dq)
+    run_dq(grads, delta, do, dlse, x, o, lse, lse_low, spec, cfg.dq)
     if grads.k is not None or grads.v is not None:
-        run_dkdv(grads, delta, do, x, lse, spec, cfg.dkdv)
+        run_dkdv(grads, delta, do, x, lse, lse_low, spec, cfg.dkdv)
     if grads.bias is not None:
-        run_dbias(grads.bias, delta, do, x, lse, spec, cfg.dbias)
+        run_dbias(grads.bias, delta, do, x, lse, lse_low, spec, cfg.dbias)
 
 
-def run_dq(grads, delta, do, dlse, x: AttentionInputs, o, lse, spec: AttentionSpec, cfg: TileConfig) -> None:
+def run_dq(grads, delta, do, dlse, x: AttentionInputs, o, lse, lse_low, spec: AttentionSpec, cfg: TileConfig) -> None:
     """delta, dq, and the gradients of slopes and sinks."""
     grid = n_tiles(x, x.q.shape[2], cfg.BLOCK_M) * spec.H
     dslopes, dsinks = (None if g is None else lse.new_empty(grid) for g in (grads.alibi_slopes, grads.sinks))
     if grid > 0:
         attention_backward_dq_kernel[(grid,)](
             DQ=grads.q, DELTA=delta, DSLOPES=dslopes, DSINKS=dsinks, Q=x.q, K=x.k, V=x.v, O=o, DO=do, LSE=lse,
-            DLSE=dlse, SINKS=x.sinks, H=spec.H, **matrix_strides(dq=grads.q, q=x.q, k=x.k, v=x.v, o=o, do=do),
-            **strides("dlse_", dlse, "bhm"), **strides("sink_", x.sinks, "h"), **sequence_arguments(x, spec),
-            **score_arguments(x, spec), **mask_tiles(x, spec, cfg), **constants(x, spec, o, do, grads.q),
-            **tile_arguments(cfg),
+            LSE_LOW=lse_low, DLSE=dlse, SINKS=x.sinks, H=spec.H,
+            **matrix_strides(dq=grads.q, q=x.q, k=x.k, v=x.v, o=o, do=do), **strides("dlse_", dlse, "bhm"),
+            **strides("sink_", x.sinks, "h"), **sequence_arguments(x, spec), **score_arguments(x, spec),
+            **mask_tiles(x, spec, cfg), **constants(x, spec, o, do, grads.q), **tile_arguments(cfg),
         )  # fmt: skip
     for grad, parts in ((grads.alibi_slopes, dslopes), (grads.sinks, dsinks)):
         if grad is not None and parts is not None:
             grad.copy_(sum_of_parts(parts, grad.dim() == 2, x, spec, cfg.BLOCK_M))
 
 
-def run_dkdv(grads, delta, do, x: AttentionInputs, lse, spec: AttentionSpec, cfg: TileConfig) -> None:
+def run_dkdv(grads, delta, do, x: AttentionInputs, lse, lse_low, spec: AttentionSpec, cfg: TileConfig) -> None:
     """dk and dv."""
     grid = n_tiles(x, x.k.shape[2], cfg.BLOCK_N) * spec.H_kv
     if grid == 0:
         return
     attention_backward_dkdv_kernel[(grid,)](
-        DK=grads.k, DV=grads.v, DELTA=delta, Q=x.q, K=x.k, V=x.v, DO=do, LSE=lse, H_kv=spec.H_kv,
+        DK=grads.k, DV=grads.v, DELTA=delta, Q=x.q, K=x.k, V=x.v, DO=do, LSE=lse, LSE_LOW=lse_low, H_kv=spec.H_kv,
         **matrix_strides(dk=grads.k, dv=grads.v, q=x.q, k=x.k, v=x.v, do=do), **sequence_arguments(x, spec),
         **score_arguments(x, spec), **mask_tiles(x, spec, cfg, by_key=True),
         **constants(x, spec, do, grads.k, grads.v), **tile_arguments(cfg),

@@ -23,7 +23,7 @@ from fastattn.backends.triton.blocks.block_range import key_range
 from fastattn.backends.triton.blocks.dropout import dropout_factor
 from fastattn.backends.triton.blocks.features import Dropout
 from fastattn.backends.triton.blocks.mask import head_window, visible, window_of
-from fastattn.backends.triton.blocks.score import apply_score, head_score, score_factor, scores_of
+from fastattn.backends.triton.blocks.score import apply_score, head_score, logit_scale, scores_of
 from fastattn.backends.triton.blocks.seqlen import head_start, sequence
 from fastattn.backends.triton.blocks.softmax import load_lse, probability
 from fastattn.backends.triton.blocks.tile import inner, load_tile, matrix
@@ -35,7 +35,7 @@ _PROGRAMS = 512  # a bias of few tiles is cut into parts, so that there are abou
 
 @triton.jit
 def attention_backward_dbias_kernel(
-    DBIAS, DELTA, Q, K, V, DO, LSE, CU_SEQLENS_Q, CU_SEQLENS_K, MASK, BIAS, SLOPES, SEED,
+    DBIAS, DELTA, Q, K, V, DO, LSE, LSE_LOW, CU_SEQLENS_Q, CU_SEQLENS_K, MASK, BIAS, SLOPES, SEED,
     stride_qb, stride_qh, stride_qm, stride_qd,
     stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd,
@@ -93,10 +93,10 @@ def attention_backward_dbias_kernel(
             k = load_tile(k_rows, n_start, n, w.S_k, True, D)  # (N, D)
             v = load_tile(v_rows, n_start, n, w.S_k, True, D_V)  # (N, D_v)
             do = load_tile(do_rows, m_start, m, w.S_q, True, D_V)  # (M, D_v)
-            lse = load_lse(LSE + start, m, w.S_q)
+            lse, lse_low = load_lse(LSE + start, LSE_LOW + start, m, w.S_q)
             delta = tl.load(DELTA + start + m, mask=m < w.S_q, other=0.0)
             s, _ = apply_score(inner(q, k, DOT), row, col, w, score, True, F)  # (M, N)
-            p = probability(s, lse[:, None], score_factor(score, F))
+            p = probability(s, lse[:, None], lse_low[:, None], logit_scale(score, F))
             dp = inner(do, v, DOT) * dropout_factor(row, col, drop, F)
             acc += tl.where(visible(row, col, w, F), p * (dp - delta[:, None]), 0.0)
 
@@ -117,7 +117,14 @@ def attention_backward_dbias_kernel(
 
 
 def run_dbias(
-    dbias: Tensor, delta: Tensor, do: Tensor, x: AttentionInputs, lse: Tensor, spec: AttentionSpec, cfg: TileConfig
+    dbias: Tensor,
+    delta: Tensor,
+    do: Tensor,
+    x: AttentionInputs,
+    lse: Tensor,
+    lse_low: Tensor,
+    spec: AttentionSpec,
+    cfg: TileConfig,
 ) -> None:
     """Fill dbias, contiguous."""
     B, H, M, N = dbias.shape
@@ -131,8 +138,8 @@ def run_dbias(
     n_parts = max(1, min(shared, _PROGRAMS // tiles))
     parts = dbias[None] if n_parts == 1 else torch.empty(n_parts, *dbias.shape, dtype=lse.dtype, device=lse.device)
     attention_backward_dbias_kernel[(n_parts * tiles,)](
-        DBIAS=parts, DELTA=delta, Q=x.q, K=x.k, V=x.v, DO=do, LSE=lse, H=spec.H, n_parts=n_parts,
-        B_bias=B, H_bias=H, M_bias=M, N_bias=N, REDUCE_M=M == 1, REDUCE_N=N == 1,
+        DBIAS=parts, DELTA=delta, Q=x.q, K=x.k, V=x.v, DO=do, LSE=lse, LSE_LOW=lse_low, H=spec.H,
+        n_parts=n_parts, B_bias=B, H_bias=H, M_bias=M, N_bias=N, REDUCE_M=M == 1, REDUCE_N=N == 1,
         **matrix_strides(q=x.q, k=x.k, v=x.v, do=do), **sequence_arguments(x, spec), **score_arguments(x, spec),
         **constants(x, spec, do), **tile_arguments(cfg),
     )  # fmt: skip

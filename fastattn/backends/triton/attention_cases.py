@@ -24,7 +24,7 @@ from fastattn.backends.triton.mask_tiles import mask_tiles_kernel
 
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float8_e4m3fn: "fp8e4nv"}
 _POINTERS = {  # those whose type is not that of q, k and v
-    **dict.fromkeys(("LSE", "DELTA", "SLOPES", "SINKS", "QK_SCALES", "V_SCALES"), "fp32"),
+    **dict.fromkeys(("LSE", "LSE_LOW", "DELTA", "SLOPES", "SINKS", "QK_SCALES", "V_SCALES"), "fp32"),
     **dict.fromkeys(("DLSE", "DSLOPES", "DSINKS", "TLSE", "TSLOPES", "TSINKS"), "fp32"),
     **dict.fromkeys(("CU_SEQLENS_Q", "CU_SEQLENS_K", "TILES"), "i32"),
     "MASK": "u8",

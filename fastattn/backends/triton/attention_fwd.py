@@ -1,6 +1,6 @@
 """Attention forward: one program makes one tile of o, reading the keys its rows see once, in order.
 
-    s = f(q kᵀ) (M, N);   p = exp(s - row_max);   o = dropout(p) v / row_sum;   lse = row_max + log row_sum
+    s = f(q kᵀ) (M, N);   p = exp(s - row_max);   o = dropout(p) v / row_sum;   lse + lse_low = row_max + log row_sum
 
 8-bit q and k are multiplied as they are; v is widened, so that p keeps the precision of bfloat16.
 
@@ -34,7 +34,7 @@ from fastattn.backends.triton.blocks.mask import (
     visible,
 )
 from fastattn.backends.triton.blocks.query_tile import query_tile
-from fastattn.backends.triton.blocks.score import apply_score, scaled_score, score_factor
+from fastattn.backends.triton.blocks.score import apply_score, logit_scale, scaled_score
 from fastattn.backends.triton.blocks.seqlen import head_start
 from fastattn.backends.triton.blocks.softmax import finish_softmax, load_sink, online_softmax
 from fastattn.backends.triton.blocks.tile import inner, load_tile, matrix, outer, scaled, store_tile, widened, zeros
@@ -52,7 +52,7 @@ def _forward_span(
 
     A masked tile adds only what is finite in v, and `non_finite` counts the tiles in which something was not.
     """
-    factor = score_factor(score, F)
+    scale = logit_scale(score, F)
     for i in range(i_lo, i_hi):
         n_start = tile_at(i, spans, F) * BLOCK_N
         n = n_start + tl.arange(0, BLOCK_N)
@@ -63,7 +63,7 @@ def _forward_span(
         s, _ = apply_score(inner(q, k, DOT), row, col, w, score, MASKED, F)  # (M, N)
         if MASKED:
             s = tl.where(visible(row, col, w, F), s, NEG_INF)
-        p, rescale, row_max, row_sum = online_softmax(s, row_max, row_sum, factor)
+        p, rescale, row_max, row_sum = online_softmax(s, row_max, row_sum, scale)
         p = p * dropout_factor(row, col, drop, F)
         v = load_tile(v_rows, n_start, n, w.S_k, MASKED, D_V)  # (N, D_v)
         if F.FP8:
@@ -94,7 +94,7 @@ def restore_non_finite(
 
 @triton.jit
 def attention_forward_kernel(
-    Q, K, V, O, LSE, CU_SEQLENS_Q, CU_SEQLENS_K, TILES, MASK, BIAS, SLOPES, SINKS, SEED,
+    Q, K, V, O, LSE, LSE_LOW, CU_SEQLENS_Q, CU_SEQLENS_K, TILES, MASK, BIAS, SLOPES, SINKS, SEED,
     QK_SCALES, V_SCALES,
     stride_qb, stride_qh, stride_qm, stride_qd,
     stride_kb, stride_kh, stride_kn, stride_kd,
@@ -154,28 +154,32 @@ def attention_forward_kernel(
             acc = restore_non_finite(acc, v_rows, m, spans.min, last, spans, w, D_V, BLOCK_N, F, DOT)
 
     sink = load_sink(SINKS, stride_sink_h, h, b, B, F)
-    o, lse = finish_softmax(acc, row_max, row_sum, score_factor(score, F), sink, F)
+    o, lse, lse_low = finish_softmax(acc, row_max, row_sum, logit_scale(score, F), sink, F)
     if F.FP8:
         o = scaled(o, tl.load(V_SCALES + (b * H + h) // G, mask=b < B, other=1.0))
     o_rows = matrix(O, rows_q, h, stride_ob, stride_oh, stride_om, stride_od, BLOCK_M, D_V, F)
     store_tile(o_rows, m_start, o, m, w.S_q, D_V)
-    tl.store(LSE + head_start(rows_q, h, H, S_q) + m, lse, mask=m < w.S_q)
+    start = head_start(rows_q, h, H, S_q)
+    tl.store(LSE + start + m, lse, mask=m < w.S_q)
+    tl.store(LSE_LOW + start + m, lse_low, mask=m < w.S_q)
 
 
-def launch(o: Tensor, lse: Tensor, x: AttentionInputs, spec: AttentionSpec) -> None:
-    """Fill o and lse."""
+def launch(o: Tensor, lse: Tensor, lse_low: Tensor, x: AttentionInputs, spec: AttentionSpec) -> None:
+    """Fill o, lse and lse_low."""
     if x.B == 0:
         o.zero_()
         lse.fill_(-math.inf)
+        lse_low.zero_()
         return
     cfg = forward_config(arch(x), spec.D, spec.D_v, spec.dtype)
     grid = n_tiles(x, x.q.shape[2], cfg.BLOCK_M) * spec.H
     if grid == 0:
         return
     attention_forward_kernel[(grid,)](
-        Q=x.q, K=x.k, V=x.v, O=o, LSE=lse, SINKS=x.sinks, QK_SCALES=x.qk_scales, V_SCALES=x.v_scales, H=spec.H,
-        **matrix_strides(q=x.q, k=x.k, v=x.v, o=o), **strides("sink_", x.sinks, "h"), **sequence_arguments(x, spec),
-        **score_arguments(x, spec), **mask_tiles(x, spec, cfg), **constants(x, spec, o), **tile_arguments(cfg),
+        Q=x.q, K=x.k, V=x.v, O=o, LSE=lse, LSE_LOW=lse_low, SINKS=x.sinks, QK_SCALES=x.qk_scales, V_SCALES=x.v_scales,
+        H=spec.H, **matrix_strides(q=x.q, k=x.k, v=x.v, o=o), **strides("sink_", x.sinks, "h"),
+        **sequence_arguments(x, spec), **score_arguments(x, spec), **mask_tiles(x, spec, cfg),
+        **constants(x, spec, o), **tile_arguments(cfg),
     )  # fmt: skip
 
 

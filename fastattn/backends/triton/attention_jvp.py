@@ -38,7 +38,7 @@ from fastattn.backends.triton.blocks.mask import (
     visible,
 )
 from fastattn.backends.triton.blocks.query_tile import query_tile
-from fastattn.backends.triton.blocks.score import apply_score, distance, head_score, load_bias, score_factor, scores_of
+from fastattn.backends.triton.blocks.score import apply_score, distance, head_score, load_bias, logit_scale, scores_of
 from fastattn.backends.triton.blocks.seqlen import head_start
 from fastattn.backends.triton.blocks.softmax import load_lse, load_sink, probability
 from fastattn.backends.triton.blocks.tile import inner, load_tile, matrix, outer, store_tile, zeros
@@ -69,7 +69,8 @@ def score_tangent(
 
 @triton.jit
 def _tangent_span(
-    acc, mu, non_finite, q, tq, lse, k_rows, v_rows, tk_rows, tv_rows, m, i_lo, i_hi, spans, w, score, tangent, drop,
+    acc, mu, non_finite, q, tq, lse, lse_low, k_rows, v_rows, tk_rows, tv_rows, m, i_lo, i_hi, spans, w, score,
+    tangent, drop,
     D: tl.constexpr, D_V: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, SCORE: tl.constexpr,
     F: tl.constexpr, F_T: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
@@ -77,7 +78,7 @@ def _tangent_span(
 
     A masked tile adds only what is finite in v and tv, and `non_finite` counts the tiles in which some tv was not.
     """
-    factor = score_factor(score, F)
+    scale = logit_scale(score, F)
     for i in range(i_lo, i_hi):
         n_start = tile_at(i, spans, F) * BLOCK_N
         n = n_start + tl.arange(0, BLOCK_N)
@@ -85,7 +86,7 @@ def _tangent_span(
         k = load_tile(k_rows, n_start, n, w.S_k, MASKED, D)  # (N, D)
         s, derivative = apply_score(inner(q, k, DOT), row, col, w, score, MASKED, F)  # (M, N)
         keep = visible(row, col, w, F) if MASKED else None
-        p = hide(probability(s, lse[:, None], factor), keep)
+        p = hide(probability(s, lse[:, None], lse_low[:, None], scale), keep)
         dropped = dropout_factor(row, col, drop, F)
         if SCORE:
             ts = score_tangent(q, k, tq, tk_rows, n_start, m, n, derivative, w, score, tangent, MASKED, D, F_T, DOT)
@@ -106,7 +107,7 @@ def _tangent_span(
 
 @triton.jit
 def attention_jvp_kernel(
-    TO, TLSE, TQ, TK, TV, TBIAS, TSLOPES, TSINKS, Q, K, V, O, LSE,
+    TO, TLSE, TQ, TK, TV, TBIAS, TSLOPES, TSINKS, Q, K, V, O, LSE, LSE_LOW,
     CU_SEQLENS_Q, CU_SEQLENS_K, TILES, MASK, BIAS, SLOPES, SINKS, SEED,
     stride_tob, stride_toh, stride_tom, stride_tod,
     stride_tqb, stride_tqh, stride_tqm, stride_tqd,
@@ -151,7 +152,8 @@ def attention_jvp_kernel(
         tv_rows = matrix(TV, rows_k, h // G, stride_tvb, stride_tvh, stride_tvn, stride_tvd, BLOCK_N, D_V, F)
 
     m = m_start + tl.arange(0, BLOCK_M)
-    lse = load_lse(LSE + head_start(rows_q, h, H, S_q), m, w.S_q)
+    start = head_start(rows_q, h, H, S_q)
+    lse, lse_low = load_lse(LSE + start, LSE_LOW + start, m, w.S_q)
     acc = zeros(BLOCK_M, D_V)
     mu = tl.zeros([BLOCK_M], tl.float32)
     SCORE: tl.constexpr = TQ is not None or TK is not None or F_T.BIAS or F_T.ALIBI
@@ -167,27 +169,27 @@ def attention_jvp_kernel(
         )
         if F.LEFT or F.MASK:
             acc, mu, non_finite = _tangent_span(
-                acc, mu, non_finite, q, tq, lse, k_rows, v_rows, tk_rows, tv_rows, m, spans.min, spans.left, spans, w,
-                score, tangent, drop, D, D_V, BLOCK_N, True, SCORE, F, F_T, DOT,
+                acc, mu, non_finite, q, tq, lse, lse_low, k_rows, v_rows, tk_rows, tv_rows, m, spans.min, spans.left,
+                spans, w, score, tangent, drop, D, D_V, BLOCK_N, True, SCORE, F, F_T, DOT,
             )  # fmt: skip
         acc, mu, non_finite = _tangent_span(
-            acc, mu, non_finite, q, tq, lse, k_rows, v_rows, tk_rows, tv_rows, m, spans.whole, spans.right, spans, w,
-            score, tangent, drop, D, D_V, BLOCK_N, False, SCORE, F, F_T, DOT,
+            acc, mu, non_finite, q, tq, lse, lse_low, k_rows, v_rows, tk_rows, tv_rows, m, spans.whole, spans.right,
+            spans, w, score, tangent, drop, D, D_V, BLOCK_N, False, SCORE, F, F_T, DOT,
         )  # fmt: skip
         if not F.MASK:
             acc, mu, non_finite = _tangent_span(
-                acc, mu, non_finite, q, tq, lse, k_rows, v_rows, tk_rows, tv_rows, m, spans.right, spans.max, spans, w,
-                score, tangent, drop, D, D_V, BLOCK_N, True, SCORE, F, F_T, DOT,
+                acc, mu, non_finite, q, tq, lse, lse_low, k_rows, v_rows, tk_rows, tv_rows, m, spans.right, spans.max,
+                spans, w, score, tangent, drop, D, D_V, BLOCK_N, True, SCORE, F, F_T, DOT,
             )  # fmt: skip
         if TV is not None:
             if non_finite > 0:
                 last = spans.left if F.MASK else spans.max
                 acc = restore_non_finite(acc, tv_rows, m, spans.min, last, spans, w, D_V, BLOCK_N, F, DOT)
     if TSINKS is not None:
-        p_sink = probability(load_sink(SINKS, stride_sink_h, h, b, B, F), lse, 1.0)
+        p_sink = probability(load_sink(SINKS, stride_sink_h, h, b, B, F), lse, lse_low, 1.0)
         mu += p_sink * tl.load(TSINKS + h * stride_tsink_h).to(tl.float32)
 
-    tl.store(TLSE + head_start(rows_q, h, H, S_q) + m, mu, mask=m < w.S_q)
+    tl.store(TLSE + start + m, mu, mask=m < w.S_q)
     o_rows = matrix(O, rows_q, h, stride_ob, stride_oh, stride_om, stride_od, BLOCK_M, D_V, F)
     to_rows = matrix(TO, rows_q, h, stride_tob, stride_toh, stride_tom, stride_tod, BLOCK_M, D_V, F)
     o = load_tile(o_rows, m_start, m, w.S_q, True, D_V)  # (M, D_v)
@@ -204,7 +206,14 @@ def _minus_mean(acc, mu, o):
 
 
 def launch(
-    to: Tensor, tlse: Tensor, t: AttentionInputs, x: AttentionInputs, o: Tensor, lse: Tensor, spec: AttentionSpec
+    to: Tensor,
+    tlse: Tensor,
+    t: AttentionInputs,
+    x: AttentionInputs,
+    o: Tensor,
+    lse: Tensor,
+    lse_low: Tensor,
+    spec: AttentionSpec,
 ) -> None:
     """Fill the tangents of o and lse, from those of the inputs, each with the shape and dtype of its input; None: 0."""
     if x.B == 0:
@@ -218,7 +227,8 @@ def launch(
     tslopes = t.alibi_slopes[None] if t.alibi_slopes is not None and t.alibi_slopes.dim() == 1 else t.alibi_slopes
     attention_jvp_kernel[(grid,)](
         TO=to, TLSE=tlse, TQ=t.q, TK=t.k, TV=t.v, TBIAS=t.bias, TSLOPES=tslopes, TSINKS=t.sinks,
-        Q=x.q, K=x.k, V=x.v, O=o, LSE=lse.contiguous(), SINKS=x.sinks, **strides("sink_", x.sinks, "h"), H=spec.H,
+        Q=x.q, K=x.k, V=x.v, O=o, LSE=lse.contiguous(), LSE_LOW=lse_low.contiguous(), SINKS=x.sinks, **strides("sink_",
+        x.sinks, "h"), H=spec.H,
         **matrix_strides(to=to, tq=t.q, tk=t.k, tv=t.v, q=x.q, k=x.k, v=x.v, o=o),
         **strides("tbias_", t.bias, "bhmn"), **strides("tslope_", tslopes, "bh"), **strides("tsink_", t.sinks, "h"),
         **sequence_arguments(x, spec), **score_arguments(x, spec), **mask_tiles(x, spec, cfg),

@@ -2,8 +2,8 @@
 
     qkᵀ · scale → softcap · tanh(· / softcap) → + bias → - slope · |i + S_k - S_q - j|
 
-The logits are kept in base 2 up to `factor`: exp(logit) = exp2(factor · s). With nothing but a positive scale, s is
-q kᵀ itself and factor = scale · log2 e, so that scaling costs no instruction of its own.
+With nothing but a positive scale, s is q kᵀ itself and logit = scale · s, which costs no instruction of its own; else s
+is the logit. A maximum or lse is subtracted before a multiplication by log2 e, which would overflow for large logits.
 """
 
 import triton
@@ -47,12 +47,12 @@ def scaled_score(score, factor):
 
 
 @triton.jit
-def score_factor(score, F: tl.constexpr):
-    """factor, such that exp(logit) = exp2(factor · s)."""
+def logit_scale(score, F: tl.constexpr):
+    """logit / s."""
     if F.PRESCALED:
         return 1.0
     else:
-        return score.scale * LOG2_E
+        return score.scale
 
 
 @triton.jit
@@ -94,11 +94,11 @@ def apply_score(s, m, n, w, score, MASKED: tl.constexpr, F: tl.constexpr):
     if F.SOFTCAP:
         t = tanh(s * (score.scale / score.softcap))
         derivative = 1.0 - t * t
-        s = t * (score.softcap * LOG2_E)
+        s = t * score.softcap
     elif F.PRESCALED:
-        s = s * (score.scale * LOG2_E)
+        s = s * score.scale
     if F.BIAS:
-        s += load_bias(m, n, w, score, MASKED) * LOG2_E
+        s += load_bias(m, n, w, score, MASKED)
     if F.ALIBI:
-        s -= (score.slope * LOG2_E) * distance(m, n, w)
+        s -= score.slope * distance(m, n, w)
     return s, derivative

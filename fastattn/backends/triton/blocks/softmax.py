@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from fastattn.backends.triton.blocks.constants import INF, LN_2, LOG2_E, NEG_INF
+from fastattn.backends.triton.blocks.constants import INF, LOG2_E, NEG_INF
 from fastattn.backends.triton.blocks.tile import scaled
 
 
@@ -22,60 +22,74 @@ def online_sum(row_max, row_sum, s):
 
 
 @triton.jit
-def online_softmax(s, row_max, row_sum, factor):
-    """One more tile of logits: -> (p, rescale, row_max, row_sum).
+def online_softmax(s, row_max, row_sum, scale):
+    """One more tile of logits scale · s: -> (p, rescale, row_max, row_sum).
 
-    p = exp2(factor · (s - row_max)) (M, N), not yet normalised; what was summed before must be multiplied by rescale.
+    p = exp(scale · (s - row_max)) (M, N), not yet normalised; what was summed before must be multiplied by rescale.
     A row that has seen nothing yet keeps row_max = -inf, and subtracts 0 instead.
     """
+    factor = scale * LOG2_E
     new_max = tl.maximum(row_max, tl.max(s, 1))
-    offset = finite_max(new_max) * factor
-    rescale = tl.exp2(row_max * factor - offset)
-    p = tl.exp2(s * factor - offset[:, None])
+    offset = finite_max(new_max)
+    rescale = tl.exp2((row_max - offset) * factor)
+    p = tl.exp2((s - offset[:, None]) * factor)
     return p, rescale, new_max, row_sum * rescale + tl.sum(p, 1)
 
 
 @triton.jit
-def add_sink(acc, row_max, row_sum, sink):
-    """One more logit, without a value, to sums whose logits are in base 2; so is the sink."""
-    new_max = tl.maximum(row_max, sink)
+def add_sink(acc, row_max, row_sum, scale, sink):
+    """One more logit, without a value, to sums whose logits are scale · s; the maximum that is returned is a logit."""
+    new_max = tl.maximum(row_max * scale, sink)
     offset = finite_max(new_max)
-    rescale = tl.exp2(row_max - offset)
-    return scaled(acc, rescale[:, None]), new_max, row_sum * rescale + tl.exp2(sink - offset)
+    rescale = tl.exp2(tl.fma(row_max, scale, -offset) * LOG2_E)
+    return scaled(acc, rescale[:, None]), new_max, row_sum * rescale + tl.exp2((sink - offset) * LOG2_E)
 
 
 @triton.jit
 def load_sink(SINKS, stride_sink_h, h, b, B, F: tl.constexpr):
-    """The sink of head h, in base 2; rows after the last of B packed sequences have none."""
+    """The sink of head h; rows after the last of B packed sequences have none."""
     if F.SINKS:
-        return tl.where(b < B, tl.load(SINKS + h * stride_sink_h).to(tl.float32) * LOG2_E, NEG_INF)
+        return tl.where(b < B, tl.load(SINKS + h * stride_sink_h).to(tl.float32), NEG_INF)
     else:
         return NEG_INF
 
 
 @triton.jit
-def finish_softmax(acc, row_max, row_sum, factor, sink, F: tl.constexpr):
-    """-> (o, lse): o = acc / row_sum, lse = log Σ exp; a row that saw nothing has o = 0 and lse = -inf."""
-    row_max = row_max * factor
+def rounded_off(a, b, total):
+    """a + b - total, where total = a + b was rounded. Source: Knuth, TAOCP 4.2.2, theorem B."""
+    second = total - a
+    return (a - (total - second)) + (b - second)
+
+
+@triton.jit
+def finish_softmax(acc, row_max, row_sum, scale, sink, F: tl.constexpr):
+    """-> (o, lse, lse_low): o = acc / row_sum, lse + lse_low = log Σ exp, lse_low being what fp32 rounds off lse.
+
+    A row that saw nothing has o = 0, lse = -inf and lse_low = 0.
+    """
     if F.SINKS:
-        acc, row_max, row_sum = add_sink(acc, row_max, row_sum, sink)
+        acc, row_max, row_sum = add_sink(acc, row_max, row_sum, scale, sink)
+        scale = 1.0
     empty = row_sum == 0.0
     safe_sum = tl.where(empty, 1.0, row_sum)
-    lse = tl.where(empty, NEG_INF, (row_max + tl.log2(safe_sum)) * LN_2)
+    highest = row_max * scale
+    log_sum = tl.log(safe_sum)
+    lse = highest + log_sum
+    lse_low = rounded_off(highest, log_sum, lse) + tl.fma(row_max, scale, -highest)
     o = ()
     for i in tl.static_range(len(acc)):
         o = o + (acc[i] / safe_sum[:, None],)
-    return o, lse
+    return o, tl.where(empty, NEG_INF, lse), tl.where(empty, 0.0, lse_low)
 
 
 @triton.jit
-def load_lse(LSE, m, S_q):
-    """lse of rows m in base 2; +inf for a row that saw nothing or lies beyond S_q, so that its p below is 0."""
+def load_lse(LSE, LSE_LOW, m, S_q):
+    """-> (lse, lse_low) of rows m, lse = +inf for a row that saw nothing or lies beyond S_q, so that its p is 0."""
     lse = tl.load(LSE + m, mask=m < S_q, other=NEG_INF)
-    return tl.where(lse == NEG_INF, INF, lse * LOG2_E)
+    return tl.where(lse == NEG_INF, INF, lse), tl.load(LSE_LOW + m, mask=m < S_q, other=0.0)
 
 
 @triton.jit
-def probability(s, lse, factor):
-    """p = exp(logit - lse), from logits s and the lse of `load_lse`, which broadcast."""
-    return tl.exp2(s * factor - lse)
+def probability(s, lse, lse_low, scale):
+    """p = exp(scale · s - lse - lse_low); the rows' statistics broadcast to s."""
+    return tl.exp2(tl.fma(tl.fma(s, scale, -lse), LOG2_E, -lse_low * LOG2_E))

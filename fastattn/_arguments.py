@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastattn.errors import ArgumentError, ArgumentIndexError, ArgumentTypeError, UnsupportedError, kind
 from fastattn.spec import AttentionSpec, NormSpec, SoftmaxSpec
-from fastattn.tracing import is_plain
+from fastattn.tracing import is_plain, known_true, may_be_true
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _LARGEST_FLOAT: Any = sys.float_info.max
@@ -106,7 +106,7 @@ def check_dropout_p(fn: str, value: Any) -> None:
 
 def check_broadcast(fn: str, name: str, shape: Sequence[int], target: Sequence[int], axes: str) -> None:
     fits = len(shape) <= len(target) and all(
-        a == 1 or a == b for a, b in zip(reversed(shape), reversed(target), strict=False)
+        known_true(a == 1) or may_be_true(a == b) for a, b in zip(reversed(shape), reversed(target), strict=False)
     )
     if not fits:
         raise ArgumentError(

@@ -47,3 +47,38 @@ def _is_ordinary(t: torch.Tensor) -> bool:
 def without_memory(t: torch.Tensor) -> bool:
     """True if a plain tensor has elements and no memory that holds them, as a parameter between two uses of FSDP."""
     return t.data_ptr() == 0 and t.numel() > 0
+
+
+def known_true(condition: bool | torch.SymBool) -> bool:
+    """True if the condition holds for certain; a compiler does not guard on a size that it leaves open."""
+    if not torch.compiler.is_compiling():
+        return bool(condition)
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)
+
+
+def may_be_true(condition: bool | torch.SymBool) -> bool:
+    """True if the condition holds, or depends on data that a compiler does not have."""
+    if not torch.compiler.is_compiling():
+        return bool(condition)
+    from torch.fx.experimental.symbolic_shapes import guard_or_true
+
+    return guard_or_true(condition)
+
+
+def compiled_under_a_derivative() -> bool:
+    """True while torch.compile traces a call inside torch.func's grad, vjp or jvp."""
+    return torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active() and _differentiated()
+
+
+def _differentiated() -> bool:
+    from torch._C._functorch import TransformType
+    from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
+
+    derivatives = (TransformType.Grad, TransformType.Jvp)
+    return any(interpreter.key() in derivatives for interpreter in retrieve_all_functorch_interpreters())
+
+
+# As torch.compiler.assume_constant_result marks a function that a compiler calls and does not trace; that imports it.
+_differentiated._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -25,6 +25,7 @@ from fastattn.spec import (
     Spec,
     Work,
 )
+from fastattn.tracing import compiled_under_a_derivative
 
 _BACKENDS: dict[str, ModuleType] = {backend.NAME: backend for backend in (cuda, triton, cpu, eager, reference)}
 ORDER: tuple[str, ...] = tuple(_BACKENDS)
@@ -58,6 +59,8 @@ def unsupported(name: str, spec: Spec, device: torch.device) -> str | None:
     backend = get(name)
     why = backend.available(device) or backend.unsupported(spec, device)
     if why is None and not backend.COMPOSITE:
+        if compiled_under_a_derivative():
+            return "a compiler traces torch.func's derivatives, which it takes of torch operations alone"
         why = _beyond_float32(spec.loss if isinstance(spec, LinearCrossEntropySpec) else spec)
         for entry in _DERIVATIVES.get(type(spec), ()):
             reasons = _find(entry, name, spec, device)[1]

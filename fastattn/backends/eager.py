@@ -32,7 +32,7 @@ from fastattn.spec import (
     SoftmaxSpec,
     Spec,
 )
-from fastattn.tracing import is_plain
+from fastattn.tracing import is_plain, known_true
 
 NAME = "eager"
 COMPOSITE = True
@@ -136,7 +136,8 @@ def attention(
     q, k, v, bias, mask = x[:5]
     o = None
     tangents = forward_ad._current_level >= 0  # of which torch's kernels have none
-    if not return_lse and not tangents and q.numel() and k.numel() and v.numel():
+    some = all(known_true(t.shape[2] > 0) and not known_true(t.numel() == 0) for t in (q, k, v))
+    if some and not (return_lse or tangents):
         if spec.plain:
             o = _fused(q, k, v, spec)
         elif _beyond_sdpa(spec, q.device) is None:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from fastattn.spec import AttentionSpec, CrossEntropySpec, GatedSpec, NormSpec, SoftmaxSpec, Spec, Work
+from fastattn.tracing import known_true
 
 
 class Limits(NamedTuple):
@@ -52,20 +53,11 @@ def faster_in_torch(spec: Spec, work: Work | None) -> str | None:
     if work is None or not (_becomes_one_loop(spec) if compiling else _is_one_operation(spec)):
         return None
     limit = (SMALL_COMPILED if compiling else SMALL)[spec.op].of(spec.dtype, work.gradient)
-    if not _at_most(work.amount, limit):
+    if not known_true(work.amount <= limit):
         return None
     unit = "multiply-adds of q kᵀ" if spec.op == "attention" else "elements"
     behind = " and a backward" if work.gradient else ""
     return f"a call of {work.amount} {unit}{behind} is small: up to {limit} torch's own operation is faster"
-
-
-def _at_most(amount: int, limit: int) -> bool:
-    """Whether a call is known to be small: a compiler does not guard on a size that it leaves open."""
-    if not torch.compiler.is_compiling():
-        return amount <= limit
-    from torch.fx.experimental.symbolic_shapes import statically_known_true
-
-    return statically_known_true(amount <= limit)
 
 
 def _is_one_operation(spec: Spec) -> bool:

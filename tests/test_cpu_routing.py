@@ -129,7 +129,8 @@ def serves_compiled(op: str, n: int, dtype: torch.dtype, gradient: bool, dynamic
 @pytest.mark.parametrize("op", SMALL_COMPILED)
 def test_a_compiler_is_left_what_is_small(op, dtype, gradient):
     limit = SMALL_COMPILED[op].of(dtype, gradient)
-    assert serves_compiled(op, limit, dtype, gradient) == "eager"
+    if limit:
+        assert serves_compiled(op, limit, dtype, gradient) == "eager"
     assert serves_compiled(op, limit + 8, dtype, gradient) == "cpu"
 
 

@@ -121,17 +121,13 @@ FUNCTIONS = {
 
 # (name in op_db, variant, what marks the sample) -> (what ours raises, its message): refused by design.
 REFUSED = {
-    ("softmax", "with_dtype", "dtype"): (TypeError, "unexpected keyword argument 'dtype'"),  # convert x beforehand
-    ("log_softmax", "with_dtype", "dtype"): (TypeError, "unexpected keyword argument 'dtype'"),
     ("nn.functional.layer_norm", "", "negative eps"): (ArgumentError, "`eps` is -0.5; it must be 0 or more"),
     ("nn.functional.rms_norm", "", "negative eps"): (ArgumentError, "`eps` is -0.5; it must be 0 or more"),
 }
 
 
 def mark_of(sample) -> str | None:
-    """What may set a sample apart: a keyword that ours has not, or a value that it refuses."""
-    if "dtype" in sample.kwargs:
-        return "dtype"
+    """What may set a sample apart: a value that ours refuses."""
     return "negative eps" if (sample.kwargs.get("eps") or 0) < 0 else None
 
 

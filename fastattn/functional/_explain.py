@@ -23,7 +23,7 @@ from fastattn.functional._cross_entropy import (
 from fastattn.functional._dropout_add import dropout_add, dropout_add_arguments, dropout_add_spec
 from fastattn.functional._gated import gated_spec, geglu, swiglu
 from fastattn.functional._norm import check_norm_tensors, layer_norm, norm_out_dtype, rms_norm
-from fastattn.functional._plan import autocast, facts, wants_gradient
+from fastattn.functional._plan import autocast, facts, held_number, wants_gradient
 from fastattn.functional._rotary import check_rotary_values, rotary_arguments, rotary_embedding, rotary_spec
 from fastattn.functional._sdpa import in_sdpa_names, scaled_dot_product_attention, sdpa_arguments
 from fastattn.functional._softmax import check_softmax_mask, log_softmax, softmax, softmax_input, softmax_overwrites
@@ -56,7 +56,14 @@ def explain(fn: Callable, *args: Any, **kwargs: Any) -> Explanation:
         raise ArgumentTypeError(f"explain: `fn` is {given}; it must be one of {names}.")
     bound = inspect.signature(fn).bind(*args, **kwargs)
     bound.apply_defaults()
-    spec, device, *work = specs(**bound.arguments)
+    try:
+        spec, device, *work = specs(**bound.arguments)
+    except ArgumentTypeError:
+        lengths = ("max_seqlen_q", "max_seqlen_k")  # which stay tensors in the call too
+        numbers = {name: a if name in lengths else held_number(a) for name, a in bound.arguments.items()}
+        if all(numbers[name] is value for name, value in bound.arguments.items()):
+            raise
+        spec, device, *work = specs(**numbers)
     return backends.explain(spec, device, bound.arguments.get("backend"), *work)
 
 

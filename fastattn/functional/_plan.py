@@ -25,7 +25,7 @@ def cached(plan: Callable) -> Callable:
         try:
             return remembered(*args)
         except ArgumentTypeError:
-            numbers = tuple(_number(a) for a in args)
+            numbers = tuple(held_number(a) for a in args)
             if all(a is b for a, b in zip(numbers, args, strict=True)):
                 raise
             return plan(*numbers)
@@ -35,10 +35,10 @@ def cached(plan: Callable) -> Callable:
     return lookup
 
 
-def _number(value: Any) -> Any:
+def held_number(value: Any) -> Any:
     """Return what a tensor of one number holds, which torch takes where it takes a number; anything else as it is."""
     if isinstance(value, tuple):
-        return tuple(map(_number, value)) if any(isinstance(v, Tensor) for v in value) else value
+        return tuple(map(held_number, value)) if any(isinstance(v, Tensor) for v in value) else value
     held = isinstance(value, Tensor) and value.dim() == 0 and not value.requires_grad and value.dtype != torch.bool
     return value.item() if held else value
 

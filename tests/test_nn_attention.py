@@ -100,9 +100,11 @@ ATTENTION = [
 ]
 
 
-@pytest.fixture(params=["all_heads", "head_by_head"])
+@pytest.fixture(params=["torch", "all_heads", "head_by_head"])
 def held(request, monkeypatch):
-    """Averaged weights of all heads at once, as of small ones, or one head after the other, as of large ones."""
+    """Averaged weights by torch, of all heads at once, or one head after the other: as of small, and of large ones."""
+    if request.param != "torch":
+        monkeypatch.setattr(weights_of_attention, "SMALL", 0)
     if request.param == "head_by_head":
         monkeypatch.setattr(weights_of_attention, "LARGE", 0)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastattn.errors import ArgumentError, UnsupportedError
 from fastattn.functional import attention
-from fastattn.nn.weights import attend_with_weights
+from fastattn.nn.weights import as_fast_in_torch, attend_with_weights
 
 
 class ContractError(ArgumentError, AssertionError, RuntimeError):
@@ -100,9 +100,12 @@ class MultiheadAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
+        self_attention = query is key and key is value
+        unmasked = attn_mask is None and key_padding_mask is None and not is_causal
+        if self_attention and need_weights and unmasked and self._is_as_fast_in_torch(query):
+            return super().forward(query, query, query, average_attn_weights=average_attn_weights)
         if query.is_nested or key.is_nested or value.is_nested:
-            self_attention = query is key and key is value and query.layout == torch.strided
-            if not self_attention or key_padding_mask is not None or attn_mask is not None:
+            if not (self_attention and unmasked) or query.layout != torch.strided:
                 raise UnsupportedError(
                     "query, key and value may be nested only if they are one tensor of strided layout, without "
                     "attn_mask and key_padding_mask; pad them and pass key_padding_mask instead."
@@ -114,7 +117,6 @@ class MultiheadAttention(nn.MultiheadAttention):
         if causal:
             attn_mask = None
         self._check(query, key, value, key_padding_mask, attn_mask)
-
         batched = query.dim() == 3
         q, k, v = (self._split_heads(x, batched) for x in self._project(query, key, value))
         k, v = self._append_keys(k, v)
@@ -128,6 +130,13 @@ class MultiheadAttention(nn.MultiheadAttention):
             alignment = "top_left" if causal else False
             o = attention(q, k, v, causal=alignment, bias=bias, mask=mask, dropout_p=dropout_p)
         return self.out_proj(self._join_heads(o, batched)), weights
+
+    def _is_as_fast_in_torch(self, x: Tensor) -> bool:
+        """True if torch's module computes self-attention with its weights, without masks, as exactly and no slower."""
+        if x.is_nested or x.dim() != 3 or x.shape[-1] != self.embed_dim or not self._qkv_same_embed_dim:
+            return False
+        L = x.shape[1 if self.batch_first else 0]
+        return as_fast_in_torch(self.num_heads * x.shape[0] * x.shape[1] * L, x) and _calls_nothing(self.out_proj)
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
         """q, k and v, each (…, E); inputs that are the same tensor share one matrix product."""
@@ -263,6 +272,12 @@ class MultiheadAttention(nn.MultiheadAttention):
 
 def _be_called(module: nn.Module, args: tuple[Any, ...]) -> None:
     """A hook that does nothing: its presence makes torch.nn.TransformerEncoderLayer call the module."""
+
+
+def _calls_nothing(out_proj: nn.Module) -> bool:
+    """True if torch, which reads the weight and bias and does not call the module, computes what the module does."""
+    hooked = out_proj._forward_hooks or out_proj._forward_pre_hooks or out_proj._backward_hooks
+    return type(out_proj) is nn.modules.linear.NonDynamicallyQuantizableLinear and not hooked
 
 
 def _shape(x: Tensor) -> tuple[int, ...]:

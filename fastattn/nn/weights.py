@@ -17,8 +17,20 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fastattn.functional import attention, softmax
+from fastattn.tracing import is_plain
 
-LARGE = 2**28  # bytes of P, in float32
+LARGE = 2**26  # numbers of P of all heads
+SMALL = 2**21  # numbers of P, up to which a step with a gradient is as fast in torch
+
+
+def as_fast_in_torch(numbers: int, *tensors: Tensor) -> bool:
+    """True if torch's own module, which holds P too, takes no longer over P of so many numbers without a mask.
+
+    Its evaluation is one fused call. In less than float32 it rounds P, which is then not as exact as here.
+    """
+    if not is_plain(*tensors) or torch._C._is_any_autocast_enabled():
+        return False
+    return numbers < (SMALL if torch.is_grad_enabled() else LARGE) and all(t.dtype.itemsize >= 4 for t in tensors)
 
 
 def attend_with_weights(
@@ -30,9 +42,11 @@ def attend_with_weights(
     P is what multiplied v: with dropout, entries are dropped and the rest scaled by 1 / (1 - dropout_p).
     """
     H = q.shape[1]
-    dtype = torch.softmax(q.new_empty(0), dim=0).dtype  # q's, or what autocast makes of it: torch's weights have that
+    dtype = q.dtype
+    if torch._C._is_any_autocast_enabled():
+        dtype = torch.softmax(q.new_empty(0), dim=0).dtype  # what autocast makes of it: torch's weights have that
     N, H, L, _ = q.shape
-    if not average or torch.compiler.is_compiling() or N * H * L * k.shape[2] * 4 < LARGE:
+    if not average or torch.compiler.is_compiling() or N * H * L * k.shape[2] < LARGE:
         o, p = _attend_plainly(q, k, v, bias, mask, dropout_p)
         return o, (p.mean(1) if average else p).to(dtype)
     total = torch.zeros((), device=q.device)

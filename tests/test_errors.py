@@ -209,7 +209,7 @@ VARLEN_TYPES = [
     varlen("mixed_k", "`k` has dtype float16", "`q` has float32", "equal", k=T(K_ROWS.shape, torch.float16)),
     varlen("cu_q_none", "`cu_seqlens_q` is None", TENSOR, cu_q=None),
     varlen("cu_k_list", "`cu_seqlens_k` is a list", TENSOR, cu_k=[0, 4, 9]),
-    varlen("cu_q_int64", "`cu_seqlens_q` has dtype int64", "it must be int32", cu_q=replace(CU_Q, dtype=torch.int64)),
+    varlen("cu_q_int16", "`cu_seqlens_q` has dtype int16", "it must be int32", cu_q=replace(CU_Q, dtype=torch.int16)),
     varlen("cu_k_float", "`cu_seqlens_k` has dtype float32", "it must be int32", cu_k=replace(CU_K, dtype=torch.float)),
     varlen("max_q_none", "`max_seqlen_q` is None", LONGEST, max_q=None),
     varlen("max_q_float", "`max_seqlen_q` is a float", LONGEST, max_q=4.0),

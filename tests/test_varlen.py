@@ -6,6 +6,7 @@ import cases
 import pytest
 import torch
 from parity import check, inputs_of, options_of, packed_of
+from torch.profiler import ProfilerActivity, profile
 
 import fastattn
 from fastattn.testing import make_inputs
@@ -99,3 +100,46 @@ def test_bias_sized_by_a_larger_max_seqlen(device):
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
     assert (results[0][1][:, 20:] == 0).all()
     assert (results[0][1][:, :, 20:] == 0).all()
+
+
+@pytest.mark.parametrize("backend", ["eager", "reference"])
+def test_a_bound_costs_no_memory(backend):
+    """Tensors are as large as the sequences make them, however large a maximum the caller gives."""
+    cu_seqlens = torch.tensor([0, 200, 230, 320], dtype=torch.int32)
+    (x,) = make_inputs((320, 2, 16))
+
+    def run(longest):
+        return fastattn.varlen_attention(x, x, x, cu_seqlens, cu_seqlens, longest, longest, backend=backend)
+
+    torch.testing.assert_close(run(8192), run(200))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        run(8192)
+    largest = max(event.self_cpu_memory_usage for event in profiled.events())
+    assert 0 < largest <= 4 * 3 * 2 * 200 * 201  # bytes of float32: sequences × heads × queries × keys and a column
+
+
+@pytest.mark.parametrize("causal", [False, "bottom_right"])
+@pytest.mark.parametrize("gradient", [False, True])
+def test_each_sequence_by_torch(causal, gradient):
+    """eager takes long sequences one after the other: rows left over, empty ones, other lengths of queries and keys."""
+    cu_q, cu_k = (torch.tensor(t, dtype=torch.int32) for t in ([0, 130, 130, 200], [0, 150, 190, 190]))
+    q, k, v = make_inputs((210, 4, 16), (190, 2, 16), (190, 2, 16))
+    call = {"causal": causal, "return_lse": True}
+    results = []
+    for backend, dtype in (("eager", torch.float32), ("reference", torch.float64)):
+        leaves = [t.to(dtype).requires_grad_(gradient) for t in (q, k, v)]
+        o, lse = fastattn.varlen_attention(*leaves, cu_q, cu_k, 200, 200, backend=backend, **call)
+        alone = fastattn.varlen_attention(*leaves, cu_q, cu_k, 200, 200, backend=backend, causal=causal)
+        grads = torch.autograd.grad(alone.square().sum(), leaves) if gradient else ()
+        results.append([o, lse, alone, *grads])
+    for ours, exact in zip(*results, strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_bounds_in_int64():
+    """As torch's cumulative sums of lengths come; one tensor for both sides stays one."""
+    (x,) = make_inputs((10, 2, 16))
+    bounds = torch.tensor([0, 3, 10])
+    expected = fastattn.varlen_attention(x, x, x, bounds.int(), bounds.int(), 7, 7, causal="bottom_right")
+    ours = fastattn.varlen_attention(x, x, x, bounds, bounds, 7, 7, causal=True)
+    assert torch.equal(ours, expected)

@@ -10,8 +10,10 @@ scores are large. The kernel therefore serves a call with a gradient only while 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -43,6 +45,8 @@ SHORT_ROW = 8
 
 # The largest |lse| of which float32 keeps enough for a gradient that is rounded to this type: two roundings.
 LARGEST_LSE = {torch.float32: 16.0, torch.float16: 1024.0, torch.bfloat16: 8192.0}
+# So many scores take as long as the way to torch's function.
+SCORES_OF_A_CALL = 16_384
 _FLASH = int(torch.nn.attention.SDPBackend.FLASH_ATTENTION.value)
 
 _layer_norm = torch.layer_norm  # what F.layer_norm calls, without its Python wrapper
@@ -62,6 +66,11 @@ def describe(spec: Spec, device: torch.device) -> str:
     if isinstance(spec, ElementwiseSpec):
         return "reference operations: torch has no such fused function"
     if isinstance(spec, AttentionSpec):
+        if spec.varlen and _serves_each_sequence(spec, device):
+            return (
+                "torch scaled_dot_product_attention, one sequence after the other, where their lengths can be read "
+                "and are not tiny, else reference operations"
+            )
         if feature := _beyond_sdpa(spec, device):
             return f"reference operations: torch's scaled_dot_product_attention has no {feature}"
         if spec.windowed or spec.mask:
@@ -134,6 +143,8 @@ def attention(
     max_seqlens: Sequence[int | Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     q, k, v, bias, mask = x[:5]
+    if spec.varlen and _one_by_one(x, spec):
+        return _each_sequence(x, spec, return_lse)
     o = None
     tangents = forward_ad._current_level >= 0  # of which torch's kernels have none
     some = all(known_true(t.shape[2] > 0) and not known_true(t.numel() == 0) for t in (q, k, v))
@@ -151,6 +162,48 @@ def attention(
                 else:
                     o = _fused(q, k, v, spec, visible_keys(spec, S_q, S_k, mask, q.device))
     return (o, None) if o is not None else reference.attention(x, spec, return_lse, max_seqlens)
+
+
+def _serves_each_sequence(spec: AttentionSpec, device: torch.device) -> bool:
+    """True if torch's attention has all that packed sequences need, each taken alone."""
+    return not (spec.bias or spec.mask) and _beyond_sdpa(replace(spec, varlen=False), device) is None
+
+
+def _one_by_one(x: AttentionInputs, spec: AttentionSpec) -> bool:
+    """True if torch's attention serves each packed sequence and lengths can be read, where padding would cost more."""
+    if not _serves_each_sequence(spec, x.q.device):
+        return False
+    assert x.cu_seqlens_q is not None
+    assert x.cu_seqlens_k is not None
+    if not (x.cu_seqlens_q.is_cpu and is_plain(*x[:3], x.cu_seqlens_q, x.cu_seqlens_k)) or x.B == 0:
+        return False
+    longest_q, longest_k = (int(t.diff().amax()) for t in (x.cu_seqlens_q, x.cu_seqlens_k))
+    return spec.H * longest_q * longest_k > SCORES_OF_A_CALL
+
+
+def _each_sequence(x: AttentionInputs, spec: AttentionSpec, return_lse: bool) -> tuple[Tensor, Tensor | None]:
+    """o (1, H, T_q, D_v) and lse (1, H, T_q), one sequence after the other; rows after the last see nothing."""
+    assert x.cu_seqlens_q is not None
+    assert x.cu_seqlens_k is not None
+    dense = replace(spec, varlen=False)
+    left_over = x.q.shape[2] - int(x.cu_seqlens_q[-1])
+    outputs: list[Tensor] = []
+    sums: list[Tensor | None] = []
+    for rows, keys in zip(_slices(x.cu_seqlens_q), _slices(x.cu_seqlens_k), strict=True):
+        one = x._replace(q=x.q[:, :, rows], k=x.k[:, :, keys], v=x.v[:, :, keys], cu_seqlens_q=None, cu_seqlens_k=None)
+        o, lse = attention(one, dense, return_lse)
+        outputs.append(o)
+        sums.append(lse)
+    o = torch.cat([*outputs, x.q.new_zeros(1, spec.H, left_over, spec.D_v)], 2)
+    if not return_lse:
+        return o, None
+    known = [lse for lse in sums if lse is not None]
+    return o, torch.cat([*known, known[0].new_full((1, spec.H, left_over), -math.inf)], 2)
+
+
+def _slices(cu_seqlens: Tensor) -> list[slice]:
+    bounds = cu_seqlens.tolist()
+    return [slice(begin, end) for begin, end in itertools.pairwise(bounds)]
 
 
 def _fused(

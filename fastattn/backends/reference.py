@@ -33,6 +33,7 @@ from fastattn.spec import (
     SoftmaxSpec,
     Spec,
 )
+from fastattn.tracing import is_plain
 
 NAME = "reference"
 COMPOSITE = True
@@ -56,7 +57,7 @@ def attention(
     return_lse: bool = False,
     max_seqlens: Sequence[int | Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """o and lse; packed sequences are padded to `max_seqlens`, or where these are not ints to what the lengths say."""
+    """o and lse; packed sequences are padded to what the lengths say, or to `max_seqlens` where nobody may look."""
     q, k, v, bias, mask, alibi_slopes, sinks, seed, cu_seqlens_q, cu_seqlens_k, qk_scales, v_scales = x
     call: dict[str, Any] = {"bias": bias, "mask": mask, "alibi_slopes": alibi_slopes, "sinks": sinks, "seed": seed}
     call |= {"qk_scales": qk_scales, "v_scales": v_scales}
@@ -69,8 +70,9 @@ def attention(
 
 
 def _longest(cu_seqlens: Tensor, max_seqlen: int | Tensor | None) -> int:
-    """What sequences are padded to; without an int it is read from the lengths, on the host."""
-    if isinstance(max_seqlen, (int, torch.SymInt)):
+    """What sequences are padded to: the longest where lengths can be read without a wait, or nobody gives a bound."""
+    readable = cu_seqlens.is_cpu and is_plain(cu_seqlens)
+    if isinstance(max_seqlen, (int, torch.SymInt)) and not readable:
         return max_seqlen
     return int(cu_seqlens.diff().amax()) if len(cu_seqlens) > 1 else 0
 

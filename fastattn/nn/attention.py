@@ -11,14 +11,17 @@ from torch import Tensor, nn
 
 from fastattn.errors import ArgumentError, UnsupportedError
 from fastattn.functional import attention
+from fastattn.nn._tracing import Scriptable
 from fastattn.nn.weights import as_fast_in_torch, attend_with_weights
+
+torch.fx.wrap("attention")  # torch.fx records the call
 
 
 class ContractError(ArgumentError, AssertionError, RuntimeError):
     """A call that torch.nn.MultiheadAttention refuses too, there with an AssertionError or a RuntimeError."""
 
 
-class MultiheadAttention(nn.MultiheadAttention):
+class MultiheadAttention(Scriptable, nn.MultiheadAttention):
     """Attention over several learned projections at once; a drop-in for `torch.nn.MultiheadAttention`.
 
     ``MultiHead(Q, K, V) = Concat(head_1, …, head_H) W_O + b_O``, with
@@ -272,6 +275,9 @@ class MultiheadAttention(nn.MultiheadAttention):
 
 def _be_called(module: nn.Module, args: tuple[Any, ...]) -> None:
     """A hook that does nothing: its presence makes torch.nn.TransformerEncoderLayer call the module."""
+
+
+_be_called.of_fastattn = True  # type: ignore[attr-defined]
 
 
 def _calls_nothing(out_proj: nn.Module) -> bool:

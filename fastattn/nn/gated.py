@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from fastattn.errors import ArgumentError
 from fastattn.functional import geglu, swiglu
+
+torch.fx.wrap("swiglu")  # torch.fx records the call
+torch.fx.wrap("geglu")
 
 
 def _halves(name: str, gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -11,9 +11,13 @@ from torch.nn.modules.loss import _WeightedLoss
 
 from fastattn.errors import ArgumentError, UnsupportedError
 from fastattn.functional import cross_entropy, linear_cross_entropy
+from fastattn.nn._tracing import Scriptable
+
+torch.fx.wrap("cross_entropy")  # torch.fx records the call
+torch.fx.wrap("linear_cross_entropy")
 
 
-class CrossEntropyLoss(nn.CrossEntropyLoss):
+class CrossEntropyLoss(Scriptable, nn.CrossEntropyLoss):
     """Cross entropy of logits with classes or class probabilities; a drop-in for `torch.nn.CrossEntropyLoss`.
 
     ``loss = −Σ_j q_j log softmax(logits)_j + z_loss · lse²`` of each row, reduced.
@@ -49,6 +53,9 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
         self.z_loss = z_loss
         self.softcap = softcap
+
+    def _beyond_torch(self) -> str | None:
+        return "z_loss" if self.z_loss else None if self.softcap is None else "softcap"
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:  # noqa: A002 - torch's name, callers pass it by keyword
         return cross_entropy(

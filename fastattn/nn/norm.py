@@ -9,9 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from fastattn.functional import layer_norm, rms_norm
+from fastattn.nn._tracing import Scriptable
+
+torch.fx.wrap("layer_norm")  # torch.fx records the call
+torch.fx.wrap("rms_norm")
 
 
-class LayerNorm(nn.LayerNorm):
+class LayerNorm(Scriptable, nn.LayerNorm):
     """Normalise the last dimensions of a tensor; a drop-in for `torch.nn.LayerNorm`.
 
     ``y = (h − mean(h)) / sqrt(var(h) + eps) · weight + bias``, mean and (biased) variance taken over
@@ -44,14 +48,14 @@ class LayerNorm(nn.LayerNorm):
     @overload
     def forward(self, input: Tensor, *, residual: Tensor, dropout_p: float = 0.0) -> tuple[Tensor, Tensor]: ...
     def forward(self, input, *, residual=None, dropout_p=0.0):  # noqa: A002 - torch's name, callers pass it by keyword
-        if input.is_nested:
+        if isinstance(input, Tensor) and input.is_nested and residual is None:
             return super().forward(input)
         return layer_norm(
             input, self.normalized_shape, self.weight, self.bias, self.eps, residual=residual, dropout_p=dropout_p
         )
 
 
-class RMSNorm(nn.RMSNorm):
+class RMSNorm(Scriptable, nn.RMSNorm):
     """Divide the last dimensions of a tensor by their root mean square; a drop-in for `torch.nn.RMSNorm`.
 
     ``y = h / sqrt(mean(h²) + eps) · (weight_offset + weight)``, the mean taken over ``normalized_shape``, in fp32 for
@@ -92,6 +96,9 @@ class RMSNorm(nn.RMSNorm):
         self.weight_offset = weight_offset  # before torch's constructor, which sets the weight
         super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)
 
+    def _beyond_torch(self) -> str | None:
+        return "weight_offset" if self.weight_offset else None
+
     def reset_parameters(self) -> None:
         super().reset_parameters()
         if self.elementwise_affine and self.weight_offset:
@@ -103,6 +110,9 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor, *, residual: Tensor, dropout_p: float = 0.0) -> tuple[Tensor, Tensor]: ...
     def forward(self, x, *, residual=None, dropout_p=0.0):
         offset = 0.0 if self.weight is None else self.weight_offset
+        if isinstance(x, Tensor) and x.is_nested and residual is None:
+            weight = self.weight + offset if offset else self.weight
+            return nn.functional.rms_norm(x, self.normalized_shape, weight, self.eps)
         return rms_norm(
             x, self.normalized_shape, self.weight, self.eps,
             residual=residual, dropout_p=dropout_p, weight_offset=offset,

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from fastattn.errors import ArgumentError
 from fastattn.functional import rotary_embedding
 
+torch.fx.wrap("rotary_embedding")  # torch.fx records the call
+
 
 class RotaryEmbedding(nn.Module):
     """Rotate q and k by their positions, in one launch; cosines and sines are kept in a table.

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import warnings
 
+import torch
 from torch import Tensor, nn
 
 from fastattn.functional import log_softmax, softmax
+from fastattn.nn._tracing import Scriptable
+
+torch.fx.wrap("softmax")  # torch.fx records the call
+torch.fx.wrap("log_softmax")
 
 
-class Softmax(nn.Softmax):
+class Softmax(Scriptable, nn.Softmax):
     """Rescale a tensor so that its slices along one dimension are probabilities; a drop-in for `torch.nn.Softmax`.
 
     ``y_i = exp(x_i) / Σ_j exp(x_j)`` along ``dim``.
@@ -31,10 +36,12 @@ class Softmax(nn.Softmax):
     """
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name, callers pass it by keyword
+        if isinstance(input, Tensor) and input.is_nested:
+            return super().forward(input)
         return softmax(input, _dim(self, input))
 
 
-class LogSoftmax(nn.LogSoftmax):
+class LogSoftmax(Scriptable, nn.LogSoftmax):
     """The logarithm of `Softmax`; a drop-in for `torch.nn.LogSoftmax`.
 
     ``y_i = x_i − log Σ_j exp(x_j)`` along ``dim``.
@@ -54,6 +61,8 @@ class LogSoftmax(nn.LogSoftmax):
     """
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name, callers pass it by keyword
+        if isinstance(input, Tensor) and input.is_nested:
+            return super().forward(input)
         return log_softmax(input, _dim(self, input))
 
 

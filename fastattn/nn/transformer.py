@@ -12,17 +12,21 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from fastattn.functional import dropout_add
 from fastattn.functional._plan import has_kernels
+from fastattn.nn._tracing import Scriptable
 from fastattn.nn.attention import MultiheadAttention, _be_called
 from fastattn.nn.norm import LayerNorm, RMSNorm
 
 Activation: TypeAlias = str | Callable[[Tensor], Tensor]
 Device: TypeAlias = torch.device | str | None
 
+torch.fx.wrap("dropout_add")  # torch.fx records the call
+
+
 _LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 _DROP_INS = {nn.MultiheadAttention: MultiheadAttention, nn.LayerNorm: LayerNorm}
 
 
-class TransformerEncoderLayer(nn.TransformerEncoderLayer):
+class TransformerEncoderLayer(Scriptable, nn.TransformerEncoderLayer):
     """Self-attention, then a feed-forward network; a drop-in for `torch.nn.TransformerEncoderLayer`.
 
     Post-norm: ``x = norm1(x + attn(x)); y = norm2(x + ff(x))``.
@@ -115,7 +119,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         return x
 
 
-class TransformerDecoderLayer(nn.TransformerDecoderLayer):
+class TransformerDecoderLayer(Scriptable, nn.TransformerDecoderLayer):
     """Self-attention, attention to an encoder's output, a feed-forward network; a drop-in for torch's.
 
     Post-norm: ``x = norm1(x + self_attn(x)); x = norm2(x + cross_attn(x, memory)); y = norm3(x + ff(x))``.
@@ -199,7 +203,7 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         return x
 
 
-class TransformerEncoder(nn.TransformerEncoder):
+class TransformerEncoder(Scriptable, nn.TransformerEncoder):
     """A stack of encoder layers; a drop-in for `torch.nn.TransformerEncoder`.
 
     ``y = norm(layer_n(… layer_1(src)))``.
@@ -256,7 +260,7 @@ class TransformerEncoder(nn.TransformerEncoder):
         return x if self.norm is None else self.norm(x)
 
 
-class TransformerDecoder(nn.TransformerDecoder):
+class TransformerDecoder(Scriptable, nn.TransformerDecoder):
     """A stack of decoder layers; a drop-in for `torch.nn.TransformerDecoder`.
 
     ``y = norm(layer_n(… layer_1(tgt, memory) …, memory))``.
@@ -307,7 +311,7 @@ class TransformerDecoder(nn.TransformerDecoder):
         )
 
 
-class Transformer(nn.Transformer):
+class Transformer(Scriptable, nn.Transformer):
     """An encoder and a decoder; a drop-in for `torch.nn.Transformer`.
 
     ``memory = encoder(src); y = decoder(tgt, memory)``, each stack ending in a LayerNorm.

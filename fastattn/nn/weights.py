@@ -66,7 +66,7 @@ def attend_with_weights(
 
 def _probabilities(q: Tensor, k: Tensor, bias: Tensor | None, mask: Tensor | None) -> Tensor:
     """P (…, L, S) of q (…, L, D) and k (…, S, D), at least in fp32; 0 in a row that sees nothing."""
-    s = (q * q.shape[-1] ** -0.5) @ k.mT
+    s = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     s = s.to(torch.promote_types(s.dtype, torch.float32))
     if bias is not None:
         s = s + bias

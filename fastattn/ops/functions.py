@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -44,8 +44,12 @@ def eager_function(op: Operator) -> Function:
             last = not (ctx.hooked or torch._C._autograd._get_current_graph_task_keep_graph())
             return *op.run_backward_once(grads, saved, wanted, ctx.spec, ctx.backend, last), None, None
 
-    Eager.__name__ = op.definition.function_name
-    return Eager
+    return _named(op.definition.function_name, Eager)
+
+
+def _named(name: str, function: Function) -> Function:
+    """The function under a name that a profiler shows, of its backward too, which torch names when a class is made."""
+    return cast("Function", type(name, (function,), {}))
 
 
 def transformable_function(op: Operator) -> Function:
@@ -90,8 +94,7 @@ def transformable_function(op: Operator) -> Function:
 
             return op.map(info.batch_size, in_dims[:-2], call, inputs)
 
-    Transformable.__name__ = op.definition.function_name
-    return Transformable
+    return _named(op.definition.function_name, Transformable)
 
 
 def transformable_backward(op: Operator) -> Function:

@@ -49,10 +49,10 @@ def visible_keys(
 def _scores(q: Tensor, k: Tensor, keep: Tensor | None) -> Tensor:
     """q kᵀ (B, H, S_q, S_k). With a mask, rows of q and k that are not finite give NaN without entering the product."""
     if keep is None:
-        return q @ k.mT
+        return q @ k.transpose(-2, -1)
     q_finite, k_finite = q.isfinite().all(-1, keepdim=True), k.isfinite().all(-1, keepdim=True)
-    s = torch.where(q_finite, q, 0.0) @ torch.where(k_finite, k, 0.0).mT
-    unknown = torch.where((q_finite & k_finite.mT) | ~keep, 1.0, math.nan).to(s.dtype)
+    s = torch.where(q_finite, q, 0.0) @ torch.where(k_finite, k, 0.0).transpose(-2, -1)
+    unknown = torch.where((q_finite & k_finite.transpose(-2, -1)) | ~keep, 1.0, math.nan).to(s.dtype)
     return s * unknown  # a factor, so that the gradient is NaN too
 
 

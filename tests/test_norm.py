@@ -445,3 +445,16 @@ def test_layer_norm_of_one_column(rows, dtype, backend, device):
     assert torch.equal(y, bias.expand_as(y))
     assert (dx == 0).all()
     assert dweight.item() == 0.0
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton", "eager", "reference"])
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
+def test_rows_whose_squares_overflow(name, backend):
+    """docs/rows.md says so: beside torch's, a row is right as long as float32 holds Σ h², and then 0 or NaN."""
+    (x,) = make_inputs((3, 64))
+    for size, fits in ((1e17, True), (3e19, False), (1e30, False)):
+        y = getattr(fastattn, name)(x * size, 64, backend=backend)
+        if fits:
+            torch.testing.assert_close(y.double(), getattr(torch.nn.functional, name)((x * size).double(), (64,)))
+        else:
+            assert ((y == 0.0) | y.isnan()).all()

@@ -229,9 +229,9 @@ def varlen_attention(
         q: (T_q, H, D), any strides. T_q is the sum of the lengths, or more: rows after the last sequence give 0.
         k: (T_k, H_kv, D).
         v: (T_k, H_kv, D_v).
-        cu_seqlens_q: (B + 1,) int32, q's device, rising from 0: sequence b is rows cu_seqlens_q[b] to
+        cu_seqlens_q: (B + 1,) int32 or int64, q's device, rising from 0: sequence b is rows cu_seqlens_q[b] to
             cu_seqlens_q[b + 1] of q. Lengths may be 0. Its values are checked on a CPU only.
-        cu_seqlens_k: (B + 1,) int32, the same of k and v.
+        cu_seqlens_k: (B + 1,) int32 or int64, the same of k and v.
         max_seqlen_q: the longest sequence of q, or a bound of it: an int, or an integer tensor of one element, which is
             read on the host only where it lies there. The kernels need neither; bias and mask are sized by it.
         max_seqlen_k: the same of k.

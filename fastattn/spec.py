@@ -41,6 +41,8 @@ class Work(NamedTuple):
 
     amount: int  # elements of the input; for attention, multiply-adds of q kᵀ
     gradient: bool  # whether a backward is to come
+    queries: int | None = None  # for attention, S_q and S_k
+    keys: int | None = None
 
 
 DIFFERENTIABLE_INPUTS = ("q", "k", "v", "bias", "alibi_slopes", "sinks")

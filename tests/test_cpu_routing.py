@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections import defaultdict
 
 import pytest
 import torch
@@ -27,11 +28,14 @@ def nothing_before_the_kernels(monkeypatch):
     monkeypatch.setattr(backends, "ORDER", ("cpu", "eager", "reference"))
 
 
+STEP = defaultdict(lambda: 8, attention=32 * 32 * 8)  # between two sizes
+
+
 def arguments(op: str, n: int, dtype: torch.dtype, gradient: bool) -> list:
-    """Of a call of n elements, or of n multiply-adds of q kᵀ."""
+    """Of a call of n elements, or of n multiply-adds of q kᵀ in sequences of 32."""
     rows = torch.zeros(n // 8, 8, dtype=dtype, requires_grad=gradient)
     found = {
-        "attention": lambda: [rows.view(1, n // 8, 1, 8)] * 3,
+        "attention": lambda: [torch.zeros(1, max(n // STEP[op], 1), 32, 8, dtype=dtype, requires_grad=gradient)] * 3,
         "layer_norm": lambda: [rows, 8],
         "rms_norm": lambda: [rows, 8],
         "softmax": lambda: [rows],
@@ -52,7 +56,7 @@ def call(op: str, n: int, dtype: torch.dtype, gradient: bool, **options):
 @pytest.mark.parametrize("op", SMALL)
 def test_up_to_its_limit_a_call_is_torchs(op, dtype, gradient):
     limit = SMALL[op].of(dtype, gradient)
-    above = call(op, limit + 8, dtype, gradient)
+    above = call(op, limit + STEP[op], dtype, gradient)
     assert above.backend == "cpu"
     if limit == 0:
         return
@@ -63,6 +67,30 @@ def test_up_to_its_limit_a_call_is_torchs(op, dtype, gradient):
     with torch.no_grad():
         assert call(op, limit, dtype, gradient).backend == call(op, limit, dtype, False).backend
     assert call(op, limit, dtype, gradient, backend="cpu").backend == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("shapes", "dtype", "gradient", "backend"),
+    [
+        (((9000, 1, 7, 64),) * 2, F32, False, "eager"),
+        (((9000, 1, 8, 64),) * 2, F32, False, "cpu"),
+        (((9000, 1, 24, 64),) * 2, F32, True, "eager"),
+        (((9000, 1, 25, 64),) * 2, F32, True, "cpu"),
+        (((9000, 1, 7, 64),) * 2, BF16, False, "cpu"),
+        (((9000, 1, 8, 64),) * 2, BF16, True, "eager"),
+        (((9000, 1, 9, 64),) * 2, BF16, True, "cpu"),
+        (((64, 4, 12, 64), (64, 4, 500, 64)), F32, True, "eager"),
+        (((64, 4, 13, 64), (64, 4, 500, 64)), F32, True, "cpu"),
+        (((64, 4, 1, 64), (64, 4, 500, 64)), F32, False, "cpu"),
+    ],
+    ids=str,
+)
+def test_short_sequences_are_torchs_however_many(shapes, dtype, gradient, backend):
+    q, k = (torch.empty(shape, dtype=dtype, requires_grad=gradient) for shape in shapes)
+    found = fastattn.explain(fastattn.attention, q, k, k)
+    assert found.backend == backend
+    if backend == "eager":
+        assert f"{q.shape[2]} queries and {k.shape[2]} keys leave most of a tile empty" in found.reasons["cpu"]
 
 
 @pytest.mark.parametrize(
@@ -131,7 +159,7 @@ def test_a_compiler_is_left_what_is_small(op, dtype, gradient):
     limit = SMALL_COMPILED[op].of(dtype, gradient)
     if limit:
         assert serves_compiled(op, limit, dtype, gradient) == "eager"
-    assert serves_compiled(op, limit + 8, dtype, gradient) == "cpu"
+    assert serves_compiled(op, limit + STEP[op], dtype, gradient) == "cpu"
 
 
 @pytest.mark.parametrize("op", ["layer_norm", "rms_norm"])

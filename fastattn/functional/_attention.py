@@ -30,7 +30,7 @@ def _attention_plan(
 
 def attention_work(q_shape, k_shape, gradient: bool, return_lse: bool) -> Work | None:
     """None with an lse: torch's function has none."""
-    return None if return_lse else Work(math.prod(q_shape) * k_shape[2], gradient)
+    return None if return_lse else Work(math.prod(q_shape) * k_shape[2], gradient, q_shape[2], k_shape[2])
 
 
 def _attend(

@@ -31,6 +31,9 @@ SMALL = {
     "swiglu": Limits(0, 16_384, 0, 0),
     "cross_entropy": Limits(16_384, 65_536, 16_384, 32_768),
 }
+# A sequence of so few queries and keys, or of so few queries, leaves most of a tile of 64 by 64 without work.
+SHORT = Limits(7, 24, 0, 8)
+FEW_QUERIES = Limits(0, 12, 0, 0)
 # In compiled code, where a kernel is called by way of the dispatcher, and torch's operations become one loop, with what
 # stands before and behind them. The gradient of torch's attention is right for small scores alone, at which a compiler
 # cannot look (backends/eager.py).
@@ -53,6 +56,10 @@ def faster_in_torch(spec: Spec, work: Work | None) -> str | None:
     if work is None or not (_becomes_one_loop(spec) if compiling else _is_one_operation(spec)):
         return None
     limit = (SMALL_COMPILED if compiling else SMALL)[spec.op].of(spec.dtype, work.gradient)
+    if work.queries is not None and work.keys is not None and not compiling:
+        short, few = (limits.of(spec.dtype, work.gradient) for limits in (SHORT, FEW_QUERIES))
+        if work.queries <= few or max(work.queries, work.keys) <= short:
+            return f"{work.queries} queries and {work.keys} keys leave most of a tile empty: torch's own is faster"
     if not known_true(work.amount <= limit):
         return None
     unit = "multiply-adds of q kᵀ" if spec.op == "attention" else "elements"

@@ -31,8 +31,9 @@ ROUNDS, SECONDS = 15, 0.004
 
 def calls(
     op: str, amount: int, dtype: torch.dtype, gradient: bool, compiled: bool
-) -> Callable[[str], Callable[[], Any]]:
-    """backend -> a call of `amount` elements, or multiply-adds of q kᵀ; a step where a gradient is wanted."""
+) -> tuple[Callable[[str], Callable[[], Any]], str | None]:
+    """(backend -> a call of `amount` elements, or multiply-adds of q kᵀ; a step where a gradient is wanted), and the
+    backend that eager mode takes."""
     N = 256
     x = torch.randn(max(amount // N, 1), N, dtype=dtype, requires_grad=gradient)
     if op == "attention":
@@ -63,7 +64,7 @@ def calls(
         dy = forward().detach()
         return (lambda: torch.autograd.grad(forward(), inputs, dy)) if gradient else forward
 
-    return by
+    return by, None if compiled else fastattn.explain(function, *arguments).backend
 
 
 def seconds(functions: list[Callable[[], Any]]) -> list[float]:
@@ -94,7 +95,7 @@ def rows(compiled: bool) -> Iterator[dict[str, Any]]:
                 for factor in SPAN:
                     torch._dynamo.reset()
                     amount = int((limit or SMALLEST) * factor)
-                    by = calls(op, amount, dtype, gradient, compiled)
+                    by, chosen = calls(op, amount, dtype, gradient, compiled)
                     cpu, eager = seconds([by("cpu"), by("eager")])
                     yield {
                         "op": op,
@@ -105,7 +106,7 @@ def rows(compiled: bool) -> Iterator[dict[str, Any]]:
                         "amount": amount,
                         "cpu_us": round(1e6 * cpu, 2),
                         "eager_us": round(1e6 * eager, 2),
-                        "chosen": "eager" if amount <= limit else "cpu",
+                        "chosen": chosen or ("eager" if amount <= limit else "cpu"),
                     }
 
 

@@ -174,7 +174,12 @@ def test_no_less_accurate_than_torch(shape, dtype, causal):
     sdpa = torch.nn.functional.scaled_dot_product_attention
     o = sdpa(*wide, is_causal=causal)
     exact = [t.detach() for t in (o, *torch.autograd.grad(o, wide, do.double()))]
-    theirs = _errors(lambda *x: sdpa(*x, is_causal=causal), inputs, do, exact)
+    try:
+        theirs = _errors(lambda *x: sdpa(*x, is_causal=causal), inputs, do, exact)
+    except RuntimeError as error:  # held to an older instruction set than this CPU's, torch's kernel has a gap
+        if "pack_vnni2" not in str(error):
+            raise
+        pytest.skip(str(error))
     for isa in EVERY_ISA:
         roundings = math.sqrt(2.0) if isa.name == "baseline" and platform.machine() == "x86_64" else 1.0
         with isa:

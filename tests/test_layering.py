@@ -30,10 +30,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "=fastattn.backends.eager",
         "=fastattn.backends.reference",
         f"={TRITON}",
-        "fastattn.errors",
-        "fastattn.spec",
+        *BOTTOM,
     ),
-    "fastattn.backends.reference": ("fastattn.reference", "fastattn.spec"),
+    "fastattn.backends.reference": ("fastattn.reference", "fastattn.spec", "fastattn.tracing"),
     # The one backend that uses another: torch's fused functions where they are exact, the reference elsewhere.
     "fastattn.backends.eager": (
         "fastattn.backends.reference",
@@ -47,6 +46,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "fastattn.errors",
         "fastattn.reference.dropout",
         "fastattn.spec",
+        "fastattn.tracing",
     ),
     "fastattn.backends.cuda": ("=fastattn.native", "fastattn.backends.row_layout", "fastattn.spec"),
     "fastattn.backends.row_layout": (),  # how rows lie in tensors, for all that launch kernels on them

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastattn.backends import has_kernels as has_kernels
 from fastattn.errors import ArgumentTypeError
+from fastattn.tracing import is_plain as is_plain
 
 _PLANS = 4096  # checked calls that are remembered, by shapes, dtypes and options
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fastattn.functional import attention, softmax
-from fastattn.tracing import is_plain
+from fastattn.functional._plan import is_plain
 
 LARGE = 2**26  # numbers of P of all heads
 SMALL = 2**21  # numbers of P, up to which a step with a gradient is as fast in torch

@@ -66,12 +66,9 @@ __device__ __forceinline__ void exact_row(float (&o)[(D_V + 63) / 64 * 2], float
       for (int e = 0; e < 2; e++) o[2 * t + e] += fabsf(y[e]) < INFINITY ? probability * y[e] : y[e];
     }
   }
-  const bool empty = sum == 0;
 #pragma unroll
-  for (float& x : o) x = empty ? x : x / sum;
-  const float highest = row_max * p.score.scale, log_sum = ptx::log2_approx(sum) * LN_2;
-  lse = empty ? -INFINITY : highest + log_sum;
-  lse_low = empty ? 0.0f : rounded_off(highest, log_sum, lse) + fmaf(row_max, p.score.scale, -highest);
+  for (float& x : o) x = sum == 0 ? x : x / sum;
+  split_lse(row_max, p.score.scale, ptx::log2_approx(sum) * LN_2, sum, lse, lse_low);
 }
 
 }  // namespace attention

@@ -9,6 +9,8 @@
 #include <ptx/language.h>
 #include <ptx/numeric.h>
 
+#include <cmath>
+
 namespace attention {
 
 struct Score {
@@ -26,6 +28,14 @@ constexpr float LN_2 = 0.6931471805599453f;
 __device__ __forceinline__ float rounded_off(float a, float b, float sum) {
   const float second = sum - a;
   return (a - (sum - second)) + (b - second);
+}
+
+// lse + lse_low = scale · row_max + log_sum, where lse_low is what fp32 rounds off lse; -inf and 0 for a sum of 0.
+__device__ __forceinline__ void split_lse(float row_max, float scale, float log_sum, float sum, float& lse,
+                                          float& lse_low) {
+  const float highest = row_max * scale, total = highest + log_sum;
+  lse = sum == 0 ? -INFINITY : total;
+  lse_low = sum == 0 ? 0.0f : rounded_off(highest, log_sum, total) + fmaf(row_max, scale, -highest);
 }
 
 inline Score make_score(float scale, float softcap) {

@@ -75,18 +75,14 @@ struct OnlineSoftmax {
     return grown;
   }
 
-  // -> (1 / row_sum, lse, lse_low) of logits scale · s: lse + lse_low = scale · row_max + log row_sum, where lse_low is
-  // what fp32 rounds off lse; a row that saw nothing has 0, -inf and 0.
+  // -> (1 / row_sum, lse, lse_low) of logits scale · s; a row that saw nothing has 0, -inf and 0.
   __device__ __forceinline__ void finish(float scale, float (&normaliser)[2], float (&lse)[2], float (&lse_low)[2]) {
 #pragma unroll
     for (int r = 0; r < 2; r++) {
       const float sum = quad_sum(row_sum[r]);
-      const bool empty = sum == 0;
-      normaliser[r] = empty ? 0.0f : ptx::rcp_approx(sum);
-      const float highest = row_max[r] * scale, log_sum = (ptx::log2_approx(sum) - residue(row_max[r])) * LN_2;
-      const float total = highest + log_sum;
-      lse[r] = empty ? -INFINITY : total;
-      lse_low[r] = empty ? 0.0f : rounded_off(highest, log_sum, total) + fmaf(row_max[r], scale, -highest);
+      normaliser[r] = sum == 0 ? 0.0f : ptx::rcp_approx(sum);
+      const float log_sum = (ptx::log2_approx(sum) - residue(row_max[r])) * LN_2;
+      split_lse(row_max[r], scale, log_sum, sum, lse[r], lse_low[r]);
     }
   }
 

@@ -36,6 +36,25 @@ def inputs_of(name: str) -> list[torch.Tensor]:
     return [x] * {"MultiheadAttention": 3, "TransformerDecoderLayer": 2}.get(name, 1)
 
 
+RECORDED = {
+    "cross_entropy": ours.CrossEntropyLoss(),
+    "linear_cross_entropy": ours.LinearCrossEntropyLoss(16, 7),
+    "swiglu": ours.SwiGLU(),
+    "geglu": ours.GEGLU(),
+}
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_symbolic_trace_records_our_functions(name):
+    module = RECORDED[name]
+    x, target = torch.randn(5, 16), torch.arange(5)
+    inputs = (x, target) if "entropy" in name else (x, x.cos())
+    graph = torch.fx.symbolic_trace(module)
+    torch.testing.assert_close(graph(*inputs), module(*inputs))
+    called = [node.target for node in graph.graph.nodes if node.op == "call_function"]
+    assert getattr(fastattn, name) in called
+
+
 @pytest.mark.parametrize("name", ROWS)
 def test_symbolic_trace(name):
     mine, theirs = pair(name, *ROWS[name])
@@ -61,7 +80,8 @@ def test_script(name, training, tmp_path):
     for call in (scripted, torch.jit.load(tmp_path / "module.pt")):
         for a, b in zip(_flat(call(*x)), _flat(theirs(*x)), strict=True):
             torch.testing.assert_close(a, b)
-    assert type(mine) is getattr(ours, name)
+    untouched, _ = pair(name, *LAYERS[name])
+    assert [type(module) for module in mine.modules()] == [type(module) for module in untouched.modules()]
     if list(mine.parameters()):
         assert scripted.state_dict().keys() == mine.state_dict().keys()
 

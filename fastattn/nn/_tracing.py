@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 from torch import nn
@@ -29,10 +30,10 @@ class Scriptable:
                 f"torch.jit.script compiles torch.nn.{base.__name__} in place of {type(self).__name__}, which has no "
                 f"{option}; use torch.export or torch.compile."
             )
+        state = self.__dict__
+        hooks = {key: hook for key, hook in state["_forward_pre_hooks"].items() if not hasattr(hook, "of_fastattn")}
         twin: nn.Module = base.__new__(base)
-        hooks = self.__dict__["_forward_pre_hooks"]
-        twin.__dict__ = {**self.__dict__, "_forward_pre_hooks": type(hooks)()}
-        twin._forward_pre_hooks.update(
-            (k, hook) for k, hook in hooks.items() if not getattr(hook, "of_fastattn", False)
-        )
+        # TorchScript prepares the modules below in the dict that it finds.
+        own = {"_modules": dict(state["_modules"]), "_forward_pre_hooks": OrderedDict(hooks)}
+        twin.__dict__ = {**state, **own}
         return twin

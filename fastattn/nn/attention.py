@@ -50,8 +50,8 @@ class MultiheadAttention(Scriptable, nn.MultiheadAttention):
         is_causal: a promise that attn_mask, which must be given, is the causal mask. As in torch it replaces attn_mask
             (and so the causal kernel runs, aligned top-left) only when there is no key_padding_mask and
             need_weights is False; appended keys (add_bias_kv, add_zero_attn) then count as future ones.
-        need_weights: return the attention weights. Averaged, they are accumulated one head at a time, so that
-            memory stays O(N·L·S); False is faster.
+        need_weights: return the attention weights. Those of all heads are held while they are less than 2^26 numbers;
+            above, averaged ones are accumulated one head at a time, in memory O(N·L·S). False is faster.
         average_attn_weights: average the weights over the heads.
 
     Returns of a call: (output, weights). The output has the query's shape. The weights are None, (N, L, S), or

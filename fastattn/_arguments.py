@@ -222,9 +222,6 @@ def sequences(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k) -
         check_tensor(fn, name, t)
         if t.dim() != 3:
             raise ArgumentError(f"{fn}: `{name}` has shape {tuple(t.shape)}; it must have three dimensions {axes}.")
-    same = cu_seqlens_q is cu_seqlens_k
-    cu_seqlens_q = as_int32(cu_seqlens_q)
-    cu_seqlens_k = cu_seqlens_q if same else as_int32(cu_seqlens_k)
     cu = []
     for side, t, longest, rows in (
         ("q", cu_seqlens_q, max_seqlen_q, q.shape[0]),
@@ -234,7 +231,7 @@ def sequences(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k) -
         check_max_seqlen(fn, f"max_seqlen_{side}", longest)
         if t.is_cpu and is_plain(t):
             check_lengths(fn, side, t, longest, rows)
-        cu.append(t.contiguous())
+        cu.append(as_int32(t))
     if cu[0].shape != cu[1].shape:
         raise ArgumentError(
             f"{fn}: `cu_seqlens_k` has {cu[1].shape[0]} entries and `cu_seqlens_q` has {cu[0].shape[0]}; "
@@ -243,14 +240,14 @@ def sequences(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k) -
     return Sequences(cu[0], cu[1], max_seqlen_q, max_seqlen_k)
 
 
-def as_int32(cu_seqlens: Any) -> Any:
-    """What int64 holds in the dtype of the kernels; they count no further than 2^31 rows."""
-    return cu_seqlens.int() if isinstance(cu_seqlens, Tensor) and cu_seqlens.dtype == torch.int64 else cu_seqlens
+def as_int32(cu_seqlens: Tensor) -> Tensor:
+    """Return checked bounds as the kernels read them: contiguous, in the dtype that they count rows in."""
+    return cu_seqlens.int().contiguous()
 
 
 def check_cu_seqlens(fn: str, name: str, t: Any, device: torch.device) -> None:
     check_tensor(fn, name, t)
-    if t.dtype != torch.int32:
+    if t.dtype not in (torch.int32, torch.int64):
         raise ArgumentTypeError(f"{fn}: `{name}` has dtype {dtype_name(t.dtype)}; it must be int32 or int64.")
     check_same_device(fn, name, t.device, "q", device)
     if t.dim() != 1 or t.shape[0] == 0:

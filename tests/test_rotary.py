@@ -318,3 +318,11 @@ def test_table_made_in_evaluation_serves_in_training(device):
     assert torch.equal(y, expected)
     y.sum().backward()
     assert q.grad.abs().max() > 0
+
+
+def test_bounds_in_int64(device):
+    (x,) = make_inputs((10, 2, 16), device=device)
+    cos, sin = make_inputs((7, 8), (7, 8), seed=1, device=device)
+    bounds = torch.tensor([0, 3, 10], device=device)
+    ours, expected = (fastattn.rotary_embedding(x, cos, sin, cu_seqlens=t) for t in (bounds, bounds.int()))
+    assert torch.equal(ours, expected)

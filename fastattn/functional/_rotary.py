@@ -82,7 +82,7 @@ def rotary_embedding(
         interleaved: pairs are (2i, 2i + 1), as in GPT-J; False: (i, i + R/2), as in GPT-NeoX and Llama.
         position_ids: (S,) or (B, S), of packed x (T,), int32 or int64: each token's position. A position outside of the
             table is refused where it is seen, on a CPU; on a GPU its token becomes NaN.
-        cu_seqlens: (B + 1,) int32, rising from 0, of packed x: positions restart where sequence b begins, at
+        cu_seqlens: (B + 1,) int32 or int64, rising from 0, of packed x: positions restart where sequence b begins, at
             cu_seqlens[b]. Tokens after the last sequence are not rotated. Values are checked on a CPU only.
         inplace: write over x, which is returned and must not overlap itself; nothing of x is kept for gradients. A view
             that gets one, and under transforms and compilers any x, is written over by a copy of the result.
@@ -111,7 +111,7 @@ def rotary_embedding(
     arguments, q, k = rotary_arguments(x, cos, sin, interleaved, position_ids, cu_seqlens, inplace)
     run, spec = _plan(backend, *arguments)
     check_rotary_values(q, cos, position_ids, cu_seqlens)
-    tables = cos, sin, position_ids, None if cu_seqlens is None else cu_seqlens.contiguous()
+    tables = cos, sin, position_ids, None if cu_seqlens is None else check.as_int32(cu_seqlens)
     if run.COMPOSITE:
         rotated = run.rotary_embedding((q,) if k is None else (q, k), *tables, spec)
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 import shutil
@@ -47,6 +48,12 @@ def describe(device: torch.device) -> dict[str, Any]:
         "platform": platform.platform(),
         "versions": versions(),
     }
+
+
+def write_rows(rows: list[dict[str, Any]], path: Path) -> None:
+    """Write what a benchmark of CPU tensors measured, and where."""
+    report = {"machine": describe(torch.device("cpu")), "rows": rows}
+    path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
 
 
 def versions() -> dict[str, str | None]:

@@ -10,22 +10,19 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 
 import fastattn
-from benchmarks import machine
+from benchmarks import machine, timing
 
 N = 2
 LENGTHS, WIDTHS, HEADS = (16, 64, 256, 1024), (64, 256, 1024), (4, 16)
 MODES = {"eval": 0.0, "train": 0.0, "dropout": 0.1}  # dropout_p
-SECONDS, FEWEST = 0.4, 5  # of turns
+EFFORT = timing.Effort(seconds=0.4, fewest=5, most=10_000)
 
 
 def step_of(module: torch.nn.Module, x: torch.Tensor) -> Callable[[], Any]:
@@ -38,20 +35,6 @@ def step_of(module: torch.nn.Module, x: torch.Tensor) -> Callable[[], Any]:
     return step
 
 
-def milliseconds(steps: list[Callable[[], Any]]) -> list[float]:
-    """The median time of each, taking turns."""
-    for step in steps * 2:
-        step()
-    times: list[list[float]] = [[] for _ in steps]
-    begin = time.perf_counter()
-    while time.perf_counter() - begin < SECONDS or len(times[0]) < FEWEST:
-        for step, found in zip(steps, times, strict=True):
-            start = time.perf_counter()
-            step()
-            found.append(1e3 * (time.perf_counter() - start))
-    return [median(found) for found in times]
-
-
 def rows(lengths: tuple[int, ...]) -> Iterator[dict[str, Any]]:
     for L, E, H in itertools.product(lengths, WIDTHS, HEADS):
         for mode, dropout_p in MODES.items():
@@ -59,9 +42,11 @@ def rows(lengths: tuple[int, ...]) -> Iterator[dict[str, Any]]:
             ours, theirs = (kind(E, H, dropout=dropout_p, batch_first=True) for kind in kinds)
             theirs.load_state_dict(ours.state_dict())
             x = torch.randn(N, L, E, requires_grad=mode != "eval")
-            steps = [step_of(module.train(mode != "eval"), x) for module in (ours, theirs)]
-            times = dict(zip(("fastattn_ms", "torch_ms"), (round(t, 4) for t in milliseconds(steps)), strict=True))
-            yield {"L": L, "E": E, "heads": H, "mode": mode, **times}
+            modules = {"fastattn": ours.train(mode != "eval"), "torch": theirs.train(mode != "eval")}
+            steps = {name: step_of(module, x) for name, module in modules.items()}
+            times = timing.measure(steps, torch.device("cpu"), EFFORT)
+            milliseconds = {f"{name}_ms": round(1e3 * t.median, 4) for name, t in times.items()}
+            yield {"L": L, "E": E, "heads": H, "mode": mode, **milliseconds}
 
 
 def main() -> None:
@@ -79,8 +64,7 @@ def main() -> None:
             flush=True,
         )
     if options.out:
-        report = {"machine": machine.describe(torch.device("cpu")), "rows": found}
-        options.out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+        machine.write_rows(found, options.out)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,20 @@
 """Whether small calls on CPU tensors go where they are done sooner: the kernels' time against torch's, size by size.
 
-    python -m benchmarks.routing [--compiled] [--out FILE]
+    python -m benchmarks.routing [--compiled | --short] [--out FILE]
 
 Each operation of `fastattn.backends.cpu.routing.SMALL` is timed by both backends, in turns, at sizes around its limit,
-forward and with a backward; with `--compiled` each of `SMALL_COMPILED`, alone, in compiled code. A limit is right if at
-most a few calls on its two sides are slower than they could be.
+forward and with a backward; with `--compiled` each of `SMALL_COMPILED`, alone, in compiled code; with `--short`
+attention over sequences around `SHORT` and `FEW_QUERIES`. A limit is right if at most a few calls on its two sides are
+slower than they could be.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import itertools
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,6 +28,11 @@ from fastattn.backends.cpu.routing import SMALL, SMALL_COMPILED
 DTYPES = (torch.float32, torch.bfloat16)
 SPAN = (0.25, 0.5, 1.0, 2.0, 4.0)  # sizes, in limits
 SMALLEST = 4096  # where there is no limit, sizes about this one
+SHORT_SHAPES = [
+    *((8192 // S, 4, S, S) for S in (4, 7, 8, 9, 12, 16, 24, 25, 32)),  # B, H, S_q, S_k
+    *((64, 4, S_q, 500) for S_q in (1, 8, 12, 13, 16)),
+    *((4, 4, 4096, S_k) for S_k in (3, 8)),
+]
 ROUNDS, SECONDS = 15, 0.004
 
 
@@ -110,26 +117,52 @@ def rows(compiled: bool) -> Iterator[dict[str, Any]]:
                     }
 
 
+def short_rows() -> Iterator[dict[str, Any]]:
+    """Attention of many short sequences, or of few queries."""
+    for (B, H, S_q, S_k), dtype, gradient in itertools.product(SHORT_SHAPES, DTYPES, (False, True)):
+        q = torch.randn(B, H, S_q, 64, dtype=dtype, requires_grad=gradient)
+        k, v = (torch.randn(B, H, S_k, 64, dtype=dtype, requires_grad=gradient) for _ in range(2))
+        do = torch.randn_like(q)
+
+        def run(backend: str, inputs: tuple = (q, k, v), do: torch.Tensor = do) -> Any:
+            o = fastattn.attention(*inputs, backend=backend)
+            return torch.autograd.grad(o, inputs, do) if o.requires_grad else o
+
+        cpu, eager = seconds([partial(run, "cpu"), partial(run, "eager")])
+        yield {
+            "op": "attention",
+            "shape": [B, H, S_q, S_k, 64],
+            "dtype": str(dtype).removeprefix("torch."),
+            "gradient": gradient,
+            "amount": B * H * S_q * S_k * 64,
+            "cpu_us": round(1e6 * cpu, 2),
+            "eager_us": round(1e6 * eager, 2),
+            "chosen": fastattn.explain(fastattn.attention, q, k, v).backend,
+        }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="a JSON file to write too")
-    parser.add_argument("--compiled", action="store_true", help="under torch.compile")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--compiled", action="store_true", help="under torch.compile")
+    which.add_argument("--short", action="store_true", help="short sequences and few queries")
     options = parser.parse_args()
     found = []
-    for row in rows(options.compiled):
+    for row in short_rows() if options.short else rows(options.compiled):
         found.append(row)
         ratio = row["eager_us"] / row["cpu_us"]
         best = "cpu" if ratio > 1.0 else "eager"
         loss = max(ratio, 1 / ratio) if best != row["chosen"] else 1.0
         kind = "step" if row["gradient"] else "forward"
+        size = str(row.get("shape", row["amount"]))
         print(
-            f"{row['op']:<14}{row['dtype']:<9} {kind:<8}{row['amount']:>9}  cpu {row['cpu_us']:8.1f} µs  "
+            f"{row['op']:<14}{row['dtype']:<9} {kind:<8}{size:>9}  cpu {row['cpu_us']:8.1f} µs  "
             f"eager {row['eager_us']:8.1f} µs  {row['chosen']:<6}" + (f"{loss:.2f}x slower" if loss > 1.1 else ""),
             flush=True,
         )
     if options.out:
-        report = {"machine": machine.describe(torch.device("cpu")), "rows": found}
-        options.out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+        machine.write_rows(found, options.out)
 
 
 if __name__ == "__main__":

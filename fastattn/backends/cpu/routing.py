@@ -32,8 +32,8 @@ SMALL = {
     "cross_entropy": Limits(16_384, 65_536, 16_384, 32_768),
 }
 # A sequence of so few queries and keys, or of so few queries, leaves most of a tile of 64 by 64 without work.
-SHORT = Limits(7, 24, 0, 8)
-FEW_QUERIES = Limits(0, 12, 0, 0)
+SHORT = Limits(8, 24, 0, 8)
+FEW_QUERIES = Limits(0, 15, 0, 0)
 # In compiled code, where a kernel is called by way of the dispatcher, and torch's operations become one loop, with what
 # stands before and behind them. The gradient of torch's attention is right for small scores alone, at which a compiler
 # cannot look (backends/eager.py).

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._dynamo.testing import EagerAndRecordGraphs
 from torch.func import grad, jvp, vmap
 
 import fastattn
@@ -55,6 +56,14 @@ def test_compiled_torch_func(name: str, transform: str):
     }[transform]
     torch._dynamo.reset()
     assert_near(torch.compile(transformed, fullgraph=True, backend="aot_eager")(x), transformed(x))
+
+
+def test_a_compiled_vmap_keeps_the_kernels():
+    (x,) = make_inputs((2, 1, 2, 20, 16))
+    graphs = EagerAndRecordGraphs()
+    torch._dynamo.reset()
+    torch.compile(vmap(lambda x: fastattn.attention(x, x, x, backend="cpu")), fullgraph=True, backend=graphs)(x)
+    assert "fastattn.attention" in graphs.graphs[0].code
 
 
 def test_a_named_backend_does_not_fall_back():

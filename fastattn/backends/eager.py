@@ -43,10 +43,12 @@ COMPOSITE = True
 # which is 0, is off by roundings of Σ dy.
 SHORT_ROW = 8
 
-# The largest |lse| of which float32 keeps enough for a gradient that is rounded to this type: two roundings.
+# The largest |lse| for this backward: p is then off by half an ulp of lse, which is 4 roundings to float32
+# and 1/32 of a rounding to 16 bits.
 LARGEST_LSE = {torch.float32: 16.0, torch.float16: 1024.0, torch.bfloat16: 8192.0}
-# So many scores take as long as the way to torch's function.
-SCORES_OF_A_CALL = 16_384
+# Scores of the longest packed sequence above which torch's function, called for each, is sooner done than reference
+# operations on all, padded: without a gradient, and with one.
+SCORES_OF_A_CALL = 1_024, 16_384
 _FLASH = int(torch.nn.attention.SDPBackend.FLASH_ATTENTION.value)
 
 _layer_norm = torch.layer_norm  # what F.layer_norm calls, without its Python wrapper
@@ -73,14 +75,15 @@ def describe(spec: Spec, device: torch.device) -> str:
             )
         if feature := _beyond_sdpa(spec, device):
             return f"reference operations: torch's scaled_dot_product_attention has no {feature}"
+        small = ", or too large for its gradient" if device.type == "cpu" and spec.dtype in LARGEST_LSE else ""
         if spec.windowed or spec.mask:
             return (
-                "torch scaled_dot_product_attention where q, k and v are seen to be finite and lse is not wanted, "
-                "else reference operations"
+                "torch scaled_dot_product_attention where q, k and v are seen to be finite and lse is not wanted"
+                f"{small}, else reference operations"
                 if device.type == "cpu"
                 else "reference operations: torch's scaled_dot_product_attention leaks what a mask hides"
             )
-        condition = "bias has q's dtype and lse is not wanted" if spec.bias else "lse is not wanted"
+        condition = f"bias has q's dtype and lse is not wanted{small}" if spec.bias else f"lse is not wanted{small}"
         return f"torch scaled_dot_product_attention where {condition}, else reference operations"
     if isinstance(spec, LinearCrossEntropySpec):
         return f"torch linear, then {describe(spec.loss, device)}, with all logits in memory"
@@ -178,7 +181,8 @@ def _one_by_one(x: AttentionInputs, spec: AttentionSpec) -> bool:
     if not (x.cu_seqlens_q.is_cpu and is_plain(*x[:3], x.cu_seqlens_q, x.cu_seqlens_k)) or x.B == 0:
         return False
     longest_q, longest_k = (int(t.diff().amax()) for t in (x.cu_seqlens_q, x.cu_seqlens_k))
-    return spec.H * longest_q * longest_k > SCORES_OF_A_CALL
+    gradient = torch.is_grad_enabled() and any(t.requires_grad for t in x[:3] if t is not None)
+    return spec.H * longest_q * longest_k > SCORES_OF_A_CALL[gradient]
 
 
 def _each_sequence(x: AttentionInputs, spec: AttentionSpec, return_lse: bool) -> tuple[Tensor, Tensor | None]:
@@ -187,18 +191,18 @@ def _each_sequence(x: AttentionInputs, spec: AttentionSpec, return_lse: bool) ->
     assert x.cu_seqlens_k is not None
     dense = replace(spec, varlen=False)
     left_over = x.q.shape[2] - int(x.cu_seqlens_q[-1])
-    outputs: list[Tensor] = []
-    sums: list[Tensor | None] = []
+    o, lse = [], []
     for rows, keys in zip(_slices(x.cu_seqlens_q), _slices(x.cu_seqlens_k), strict=True):
         one = x._replace(q=x.q[:, :, rows], k=x.k[:, :, keys], v=x.v[:, :, keys], cu_seqlens_q=None, cu_seqlens_k=None)
-        o, lse = attention(one, dense, return_lse)
-        outputs.append(o)
-        sums.append(lse)
-    o = torch.cat([*outputs, x.q.new_zeros(1, spec.H, left_over, spec.D_v)], 2)
+        o_b, lse_b = attention(one, dense, return_lse)
+        o.append(o_b)
+        if lse_b is not None:
+            lse.append(lse_b)
+    o.append(x.q.new_zeros(1, spec.H, left_over, spec.D_v))
     if not return_lse:
-        return o, None
-    known = [lse for lse in sums if lse is not None]
-    return o, torch.cat([*known, known[0].new_full((1, spec.H, left_over), -math.inf)], 2)
+        return torch.cat(o, 2), None
+    lse.append(lse[0].new_full((1, spec.H, left_over), -math.inf))
+    return torch.cat(o, 2), torch.cat(lse, 2)
 
 
 def _slices(cu_seqlens: Tensor) -> list[slice]:
@@ -223,7 +227,10 @@ def _fused(
     return _sdpa(q, k, v, attn_mask, 0.0, causal, scale=spec.scale, enable_gqa=grouped)
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, causal: bool, spec: AttentionSpec):
+def _flash(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, causal: bool, spec: AttentionSpec
+) -> Tensor | None:
+    """What torch's function would call on a CPU, for its lse; None where that is too large."""
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = torch.where(attn_mask, q.new_zeros(()), -math.inf)
     o, lse = torch._scaled_dot_product_flash_attention_for_cpu(

@@ -21,7 +21,7 @@ class Features:
 
     LEFT: bool = False  # the window is bounded on the left
     RIGHT: bool = False  # the window is bounded on the right; causal is right = 0
-    PRESCALED: bool = False  # the score function scales; otherwise the exponential does, in one fused multiply-add
+    PRESCALED: bool = False  # the score function scales; otherwise the exponential does
     SOFTCAP: bool = False
     BIAS: bool = False
     ALIBI: bool = False

@@ -21,7 +21,7 @@ from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.common_modules import module_db
 
 import fastattn
-from fastattn import nn
+from fastattn import backends, nn
 from fastattn.errors import ArgumentError, ArgumentIndexError, ArgumentTypeError, FastattnError, UnsupportedError
 from fastattn.testing import assert_close, make_inputs, simulate_rounding
 
@@ -322,11 +322,91 @@ def test_transforms(device):
     torch.testing.assert_close(*results)
 
 
-def test_double_backward_is_refused_by_name(device):
-    x = torch.randn(3, 9, device=device, requires_grad=True)
-    loss = fastattn.cross_entropy(x, torch.arange(3, device=device), backend="triton")
-    with pytest.raises(UnsupportedError, match=r"cross_entropy: .*its gradient cannot be differentiated again"):
-        torch.autograd.grad(torch.autograd.grad(loss, x, create_graph=True)[0].square().sum(), x)
+KEPT_GRADIENTS = {
+    "mean": {},
+    "sum": {"reduction": "sum"},
+    "none": {"reduction": "none"},
+    "weighted": {"weight": torch.tensor([0.5, 0.0, 2.0, 1.0, 3.0, 0.25, 1.0, 4.0, 1.5])},
+    "smoothed": {"label_smoothing": 0.3},
+    "smoothed_and_weighted": {
+        "weight": torch.tensor([0.5, 0.0, 2.0, 1.0, 3.0, 0.25, 1.0, 4.0, 1.5]),
+        "label_smoothing": 0.3,
+    },
+}
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton", "cuda"])
+@pytest.mark.parametrize("case", KEPT_GRADIENTS)
+def test_gradient_is_differentiated_again_from_what_is_kept(case, backend, device):
+    """To the third order, with ignored rows, far scores and classes without weight, in each layout of the logits."""
+    if why := backends.get(backend).available(device):
+        pytest.skip(why)
+    if backend == "cuda" and case == "smoothed_and_weighted":
+        pytest.skip("the kernel has no weight together with label_smoothing")
+    for shape in ((9,), (6, 9), (4, 9, 3)):
+        rows = (*shape[:1], *shape[2:]) if len(shape) > 1 else ()
+        x = torch.randn(shape, dtype=torch.float64, device=device) * 4.0
+        t = torch.arange(math.prod(rows), device=device).remainder(9).reshape(rows)
+        ignore_index = 4 if rows else -100
+        options = {k: v.to(device) if torch.is_tensor(v) else v for k, v in KEPT_GRADIENTS[case].items()}
+        exact_options = {k: v.double() if torch.is_tensor(v) else v for k, v in options.items()}
+
+        def orders(x, backend, options, t=t, ignore_index=ignore_index):
+            loss = fastattn.cross_entropy(x, t, ignore_index=ignore_index, backend=backend, **options)
+            u = torch.linspace(-1.0, 2.0, x.numel(), dtype=x.dtype, device=x.device).reshape(x.shape)
+            y, found = (loss * torch.arange(1, loss.numel() + 1, device=x.device).reshape(loss.shape)).sum(), []
+            for _ in range(3):
+                (g,) = torch.autograd.grad(y, x, create_graph=True)
+                found.append(g.detach())
+                y = (g * u).sum()
+            return found
+
+        exact = orders(x.clone().requires_grad_(), "reference", exact_options)
+        found = orders(x.float().requires_grad_(), backend, options)
+        for ours, right in zip(found, exact, strict=True):
+            torch.testing.assert_close(ours.double(), right, rtol=0.0, atol=2e-6 * max(1.0, right.abs().max().item()))
+
+
+def test_gradient_is_differentiated_again_at_any_size():
+    """A call that is small enough for torch's own operation, and one that is not, give the same to the same request."""
+    for rows in (16, 600):
+        x, t = torch.randn(rows, 512, requires_grad=True), torch.arange(rows) % 512
+        second = []
+        for backend in (None, "eager"):
+            (g,) = torch.autograd.grad(fastattn.cross_entropy(x, t, backend=backend), x, create_graph=True)
+            second.append(torch.autograd.grad((g * x.detach().cos()).sum(), x)[0])
+        torch.testing.assert_close(*second)
+
+
+def test_second_derivative_in_bfloat16_is_as_good_as_torchs(device):
+    x = (torch.randn(40, 100, device=device) * 2).bfloat16().requires_grad_()
+    t, u = torch.arange(40, device=device), torch.randn(40, 100, device=device)
+
+    def second(x, backend):
+        (g,) = torch.autograd.grad(fastattn.cross_entropy(x, t, backend=backend), x, create_graph=True)
+        return torch.autograd.grad((g * u.to(x.dtype)).sum(), x)[0].double()
+
+    exact = second(x.detach().double().requires_grad_(), "reference")
+    errors = [(second(x, backend) - exact).square().mean() for backend in ("triton", "eager")]
+    assert errors[0] <= errors[1], errors
+
+
+@pytest.mark.parametrize("refused", ["softcap", "z_loss", "probabilities", "inplace_backward"])
+def test_no_second_derivative_is_silently_zero(refused, device):
+    """Refused before it can be asked for, since the loss itself leads to the logits."""
+    (x,) = make_inputs((3, 9), device=device)
+    t = torch.rand(3, 9, device=device) if refused == "probabilities" else torch.arange(3, device=device)
+    options = {"softcap": 5.0, "z_loss": 0.1, "inplace_backward": True}
+
+    def loss(x):
+        given = {refused: options[refused]} if refused in options else {}
+        return fastattn.cross_entropy(x * 1.0, t, backend="triton", **given)
+
+    with pytest.raises(UnsupportedError, match=r"cross_entropy: create_graph=True .* cannot be differentiated again"):
+        torch.autograd.functional.hessian(loss, x)
+    value = loss(leaf := x.requires_grad_())
+    with pytest.raises(UnsupportedError, match="create_graph=True"):
+        torch.autograd.grad(value, leaf, create_graph=True)
 
 
 @pytest.mark.parametrize("probabilities", [False, True])
@@ -485,21 +565,6 @@ def test_an_option_of_a_wrong_type_is_refused_after_a_right_one_too(device):
     fastattn.cross_entropy(x, t, ignore_index=1)
     with pytest.raises(fastattn.errors.ArgumentTypeError, match="`ignore_index` is a bool"):
         fastattn.cross_entropy(x, t, ignore_index=True)
-
-
-def test_no_second_derivative_is_silently_zero(device):
-    """Not even where the loss itself leads to the logits: it is refused before it can be asked for."""
-    (x,) = make_inputs((3, 9), device=device)
-    t = torch.arange(3, device=device)
-
-    def loss(x):
-        return fastattn.cross_entropy(x, t, backend="triton")
-
-    with pytest.raises(UnsupportedError, match="create_graph=True"):
-        torch.autograd.functional.hessian(loss, x)
-    value = loss(leaf := x.requires_grad_())
-    with pytest.raises(UnsupportedError, match="create_graph=True"):
-        torch.autograd.grad(value, leaf, create_graph=True)
 
 
 def test_logits_are_not_written_over_where_targets_lie_in_them(device):

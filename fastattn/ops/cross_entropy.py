@@ -1,7 +1,8 @@
 """Two operators of one loss: (logits, target, weight) -> loss, the target classes or probabilities.
 
 `cross_entropy_with_gradient` computes the gradient of the logits in its forward, where the row is at hand, and saves
-nothing else: -> (dlogits, loss). Its backward multiplies by what flows back, and is over at once for a factor of 1.
+no logits: -> (dlogits, loss). Its backward multiplies by what flows back, and is over at once for a factor of 1.
+dlogits is an output with a derivative of its own, the second one of the loss: see `_times_second_derivative`.
 
 `cross_entropy` saves the logits and two numbers per row: -> (loss, row_max, log_sum, divisor). It serves calls without
 a gradient, torch.func and forward mode, to any order, and float16, in which a gradient that has been divided by the
@@ -52,7 +53,6 @@ def _decode(
 
 _COMMON: dict[str, Any] = {
     "inputs": ("logits", "target", "weight?"),
-    "differentiable": ("loss",),
     "scalars": "ScalarType loss_dtype, int ignore_index, str reduction, float label_smoothing, float z_loss, "
     "float? softcap, bool gradient",
     "encode": _encode,
@@ -100,6 +100,7 @@ cross_entropy = Operator(
         name="cross_entropy",
         function_name="CrossEntropyFunction",
         outputs=("loss", "row_max", "log_sum", "divisor"),
+        differentiable=("loss",),
         saved=("logits", "target", "weight", "row_max", "log_sum", "divisor"),
         allocate=_allocate,
         launch=_launch,
@@ -130,13 +131,62 @@ def _allocate_scaled(saved, wanted, spec: CrossEntropySpec):
 
 
 def _launch_scaling(grad_inputs, grads, saved, spec: CrossEntropySpec, backend: str):
-    if grad_inputs[0] is not None:
-        get(backend).cross_entropy_scale(grad_inputs[0], grads[1], saved["dlogits"])
+    if grad_inputs[0] is None:
+        return
+    second = None if grads[0] is None else _times_second_derivative(grads[0], saved, spec)
+    get(backend).cross_entropy_scale(grad_inputs[0], grads[1], saved["dlogits"])
+    if second is not None:
+        grad_inputs[0].add_(second)
 
 
 def _traced_scaling(grads, saved, wanted, spec: CrossEntropySpec):
     _only_logits(wanted)
-    return (scaled(saved["dlogits"], grads[1]) if wanted[0] else None, None, None)
+    return (_scaling_in_torch(grads, saved, spec)[0] if wanted[0] else None, None, None)
+
+
+def _scaling_in_torch(grads, saved, spec: CrossEntropySpec):
+    dlogits = scaled(saved["dlogits"], grads[1])
+    if grads[0] is not None:
+        dlogits = dlogits + _times_second_derivative(grads[0], saved, spec)
+    return dlogits, None, None
+
+
+def _keeps_too_little(spec: CrossEntropySpec) -> bool:
+    """True if the probabilities of a row cannot be had from its gradient, a class and class weights."""
+    return spec.probabilities or bool(spec.z_loss) or spec.softcap is not None or spec.inplace
+
+
+def _times_second_derivative(u: Tensor, saved: dict[str, Tensor | None], spec: CrossEntropySpec) -> Tensor:
+    """The second derivative of the loss times u, in torch operations, of what is saved.
+
+        dlogits = c (Q p - q),   Q = Σ q_j,   c = 1 / divisor of a row that counts, else 0
+        ∂dlogits · u = c Q (p ∘ u - p (p · u))
+
+    with q as in reference/cross_entropy.py, so that Q p = dlogits / c + q needs no logits. For the class of the row, where
+    that cancels, Q p is what the others leave of Q.
+    """
+    d, target, weight = saved["dlogits"], saved["target"], saved["weight"]
+    assert d is not None
+    assert target is not None
+    dim = min(1, d.dim() - 1)
+    D, u = d.movedim(dim, -1).float(), u.movedim(dim, -1).float()  # (…, V)
+    V = D.shape[-1]
+    target = target.long()
+    counted = target != spec.ignore_index  # (…)
+    t = torch.where(counted & (target >= 0) & (target < V), target, 0)[..., None]
+    w = D.new_ones(V) if weight is None else weight.float()
+    w_t = torch.where(counted, w[t.squeeze(-1)], 0.0)
+    q = (
+        (w * (spec.label_smoothing / max(V, 1)))
+        .expand_as(D)
+        .scatter_add(-1, t, (1.0 - spec.label_smoothing) * w_t[..., None])
+    )
+    c = torch.where(counted, 1.0 / w_t.sum() if spec.divides else 1.0, 0.0)[..., None]
+    others = torch.where(c == 0.0, 0.0, D / torch.where(c == 0.0, 1.0, c) + q).scatter(-1, t, 0.0)
+    Q = q.sum(-1, keepdim=True)
+    Qp = others.scatter(-1, t, torch.where(c == 0.0, 0.0, Q - others.sum(-1, keepdim=True)))
+    p_u = (Qp * u).sum(-1, keepdim=True) / torch.where(Q == 0.0, 1.0, Q)
+    return (c * Qp * (u - p_u)).movedim(-1, dim).to(d.dtype)
 
 
 def scaled(x: Tensor, factor: Tensor | None) -> Tensor:
@@ -157,7 +207,11 @@ cross_entropy_with_gradient = Operator(
         name="cross_entropy_with_gradient",
         function_name="CrossEntropyWithGradientFunction",
         outputs=("dlogits", "loss"),
-        saved=("dlogits",),
+        differentiable=("dlogits", "loss"),
+        saved=("dlogits", "target", "weight"),
+        unsaved=lambda spec: ("target", "weight") if _keeps_too_little(spec) else (),
+        reference_backward=_scaling_in_torch,
+        only_once=_keeps_too_little,
         allocate=_allocate_with_gradient,
         launch=_launch_with_gradient,
         allocate_grads=_allocate_scaled,

@@ -10,8 +10,8 @@ makes
 
 The kernels compute the operator and its gradient, and a definition may bring one for forward mode. When the gradient
 is itself differentiated, what is needed is computed from the inputs by the definition's `reference`, to any order:
-right, but unfused, which for attention holds S_q × S_k matrices. Nothing is spent on it before. The losses, which keep
-their gradient instead of their input, refuse it. Code that torch.compile compiled cannot be differentiated twice: that
+right, but unfused, which for attention holds S_q × S_k matrices. Nothing is spent on it before. A loss that keeps its
+gradient instead of its input computes it from that gradient where it can, else refuses it. Code that torch.compile compiled cannot be differentiated twice: that
 is PyTorch's limit.
 """
 
@@ -51,7 +51,7 @@ class Definition:
 
     Higher derivatives come from `reference`; it needs every input among `saved`. An operator that saves less gives
     `reference_backward`, the gradients in torch operations as a function of what it saves, outputs included; without
-    that, to differentiate its gradient is refused.
+    that, or for a spec that `only_once` names, to differentiate its gradient is refused.
 
     Forward mode comes from `reference` too, unless there is `tangents`: (inputs, outputs, tangents of inputs, spec,
     backend) -> the tangent of each differentiable output. It is called under whatever transforms the caller, with
@@ -77,6 +77,7 @@ class Definition:
     # before all dimensions of every tensor, or by one call per element; "fold" is "loop" for a call in which tensors
     # have fewer than two dimensions, or differ in the size of dimension 0
     reference_backward: Callable[[Tensors, dict[str, Tensor | None], Any], Tensors] | None = None
+    only_once: Callable[[Any], bool] | None = None  # spec -> True if `reference_backward` does not serve it
     tangents: Callable[[Tensors, Tensors, Tensors, Any, str], Tensors] | None = None
     unsaved: Callable[[Any], tuple[str, ...]] | None = None  # spec -> those of `saved` that are None under it
     traced_backward: Callable[[Tensors, dict[str, Tensor | None], Sequence[bool], Any], Tensors] | None = None
@@ -95,12 +96,12 @@ class Operator:
         self.input_names = tuple(name.rstrip("?") for name in d.inputs)
         names = self.input_names + d.outputs
         self._saved_index = tuple(names.index(name) for name in d.saved)
-        self.fixed_outputs = tuple(i for i, name in enumerate(d.outputs) if name not in d.differentiable)
+        self._fixed_outputs = tuple(i for i, name in enumerate(d.outputs) if name not in d.differentiable)
         # Of (grads, saved), what `backward_in_torch` is a function of.
         self.backward_reads = (True,) * len(d.outputs) + tuple(
             d.reference_backward is not None or name in self.input_names for name in d.saved
         )
-        self._is_last = d.reference_backward is None and not set(self.input_names) <= set(d.saved)
+        self._keeps_inputs = set(self.input_names) <= set(d.saved)
         self._recycled = d.recycled and (self.input_names.index(d.recycled[0]), d.saved.index(d.recycled[1]))
         self._passed = d.passed and (self.input_names.index(d.passed[0]), d.outputs.index(d.passed[1]))
         self._untraceable = "[]" in d.scalars  # torch.jit.trace has no lists of booleans or symbolic integers
@@ -142,6 +143,13 @@ class Operator:
                     f"{spec.op}: `{name}` has shape {tuple(t.shape)} and no memory; its storage was freed or never "
                     "allocated (under FSDP, use a parameter inside its module's forward)."
                 )
+
+    def fixed_outputs(self, spec: Spec) -> tuple[int, ...]:
+        """The outputs without a derivative; a kept gradient that cannot be differentiated is one."""
+        d = self.definition
+        if d.only_once is None or not d.only_once(spec):
+            return self._fixed_outputs
+        return tuple(i for i, name in enumerate(d.outputs) if name not in d.differentiable or name in d.saved)
 
     def saved(self, inputs: Tensors, outputs: Tensors, spec: Spec) -> Tensors:
         everything = inputs + outputs
@@ -201,7 +209,7 @@ class Operator:
         self, grads: Tensors, saved: Tensors, wanted: Sequence[bool], spec: Spec, backend: str
     ) -> Tensors:
         """`run_backward` under any transform, and differentiable in turn."""
-        if self._is_last and torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
+        if torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active() and self._is_last(spec):
             # Nothing that is kept leads back to the inputs, so that a second derivative would be 0 without a word.
             raise UnsupportedError(f"{spec.op}: create_graph=True was asked for; {CANNOT_BE_DIFFERENTIATED_AGAIN}")
         results = self.backward_function.apply(*grads, *saved, tuple(wanted), spec, backend)
@@ -217,16 +225,23 @@ class Operator:
 
     # ---- in torch operations
 
+    def _is_last(self, spec: Spec) -> bool:
+        """True if the gradient cannot be differentiated."""
+        d = self.definition
+        if d.reference_backward is None:
+            return not self._keeps_inputs
+        return d.only_once is not None and d.only_once(spec)
+
     def backward_in_torch(self, grads: Tensors, saved: Tensors, wanted: Sequence[bool], spec: Spec) -> Tensors:
         """`run_backward` unfused, differentiable to any order. From `reference`, saved outputs are not read: a gradient
         depends on them only through the inputs."""
         d = self.definition
         by_name = dict(zip(d.saved, saved, strict=True))
+        if self._is_last(spec):
+            raise UnsupportedError(f"{spec.op}: {CANNOT_BE_DIFFERENTIATED_AGAIN}")
         if d.reference_backward is not None:
             found = d.reference_backward(grads, by_name, spec)
             return tuple(g if want else None for g, want in zip(found, wanted, strict=True))
-        if self._is_last:
-            raise UnsupportedError(f"{spec.op}: {CANNOT_BE_DIFFERENTIATED_AGAIN}")
         inputs = tuple(by_name[name] for name in self.input_names)
         return vjp(lambda inputs: d.reference(inputs, spec), inputs, wanted, grads)
 

@@ -30,8 +30,8 @@ def eager_function(op: Operator) -> Function:
             ctx.hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
             ctx.save_for_backward(*op.saved(inputs, outputs, ctx.spec))
             ctx.set_materialize_grads(False)
-            if op.fixed_outputs:
-                ctx.mark_non_differentiable(*(outputs[i] for i in op.fixed_outputs))
+            if fixed := op.fixed_outputs(ctx.spec):
+                ctx.mark_non_differentiable(*(outputs[i] for i in fixed))
             return outputs
 
         @staticmethod
@@ -69,7 +69,7 @@ def transformable_function(op: Operator) -> Function:
             ctx.save_for_backward(*op.saved(tuple(tensors), output, ctx.spec))
             ctx.save_for_forward(*tensors, *output)
             ctx.set_materialize_grads(False)
-            ctx.mark_non_differentiable(*(output[i] for i in op.fixed_outputs))
+            ctx.mark_non_differentiable(*(output[i] for i in op.fixed_outputs(ctx.spec)))
 
         @staticmethod
         def backward(ctx, *grads):

@@ -49,6 +49,11 @@ def without_memory(t: torch.Tensor) -> bool:
     return t.data_ptr() == 0 and t.numel() > 0
 
 
+def without_numbers(t: torch.Tensor) -> bool:
+    """True if the tensor has a shape and no numbers, as on the meta device and while a program is traced."""
+    return t.is_meta or isinstance(t, torch._subclasses.FakeTensor) or torch._is_functional_tensor(t)
+
+
 def known_true(condition: bool | torch.SymBool) -> bool:
     """True if the condition holds for certain; a compiler does not guard on a size that it leaves open."""
     if not torch.compiler.is_compiling():

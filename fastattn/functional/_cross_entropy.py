@@ -71,8 +71,9 @@ def cross_entropy(
 
         The kernels read N · V logits and, where a gradient is wanted, write as many: 2 N V times the bytes of an
         element in all, while a row (up to 256 KB) stays in the L2 cache. The backward moves nothing if what flows back
-        is 1, as from `loss.backward()`. The gradient can be differentiated again, with softcap, z_loss, probabilities or
-        inplace_backward under torch.func and by backend="eager" alone. Gradients of probabilities and weights are eager's.
+        is 1, as from `loss.backward()`. The gradient can be differentiated again; with softcap, z_loss, probabilities
+        or inplace_backward only torch.func and backend="eager" do so. backend="eager" alone has gradients of
+        probabilities and weights.
 
     Raises:
         ArgumentTypeError, ArgumentError: an argument of the wrong type, dtype, shape or device.

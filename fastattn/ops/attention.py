@@ -19,6 +19,7 @@ from fastattn.ops.allocate import contiguous_like
 from fastattn.ops.attention_jvp import fused_tangents
 from fastattn.ops.define import Definition, Operator
 from fastattn.spec import DIFFERENTIABLE_INPUTS, AttentionInputs, AttentionSpec
+from fastattn.tracing import without_numbers
 
 INPUTS = AttentionInputs._fields
 
@@ -90,6 +91,27 @@ def _decode(tensors, scale, left, right, top_left, softcap, dropout_p) -> Attent
     )
 
 
+def _scores(x: dict[str, Tensor | None]) -> int:
+    """How many q kᵀ has, masked ones too; of packed sequences whose lengths cannot be read, as if they were equal."""
+    q, k, cu_q, cu_k = (x[name] for name in ("q", "k", "cu_seqlens_q", "cu_seqlens_k"))
+    assert q is not None
+    assert k is not None
+    B, H, S_q, _ = q.shape
+    if cu_q is None or cu_k is None:
+        return B * H * S_q * k.shape[2]
+    if without_numbers(cu_q) or without_numbers(cu_k):
+        return H * S_q * k.shape[2] // max(len(cu_q) - 1, 1)
+    return H * int((cu_q.diff().long() * cu_k.diff()).sum())
+
+
+def _flops(inputs, spec: AttentionSpec) -> int:
+    return 2 * _scores(inputs) * (spec.D + spec.D_v)  # q kᵀ, p v
+
+
+def _backward_flops(saved, wanted, spec: AttentionSpec) -> int:
+    return 2 * _scores(saved) * (3 * spec.D + 2 * spec.D_v)  # q kᵀ, ds k, dsᵀ q; do vᵀ, pᵀ do
+
+
 _attention = Definition(
     name="attention",
     function_name="AttentionFunction",
@@ -106,5 +128,7 @@ _attention = Definition(
     launch_backward=_launch_backward,
     reference=_reference,
     batching="fold",
+    flops=_flops,
+    backward_flops=_backward_flops,
 )
 attention = Operator(replace(_attention, tangents=fused_tangents(_attention)))

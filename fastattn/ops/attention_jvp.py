@@ -79,6 +79,11 @@ def _definition(attention: Definition) -> Definition:
             if grad is not None and value is not None:
                 grad.copy_(value)
 
+    def flops(inputs: dict[str, Tensor | None], spec: AttentionSpec) -> int:
+        """q kᵀ, tq kᵀ, q tkᵀ; tp v, p tv: as deep and as many as the products of the backward."""
+        assert attention.backward_flops is not None
+        return attention.backward_flops(inputs, (), spec)
+
     inputs = (*attention.inputs, *attention.outputs, *(f"t{name}?" for name in DIFFERENTIABLE_INPUTS))
     return Definition(
         name="attention_jvp",
@@ -96,4 +101,5 @@ def _definition(attention: Definition) -> Definition:
         launch_backward=launch_backward,
         reference=reference,
         batching=attention.batching,
+        flops=flops,
     )

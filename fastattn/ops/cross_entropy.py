@@ -162,8 +162,8 @@ def _times_second_derivative(u: Tensor, saved: dict[str, Tensor | None], spec: C
         dlogits = c (Q p - q),   Q = Σ q_j,   c = 1 / divisor of a row that counts, else 0
         ∂dlogits · u = c Q (p ∘ u - p (p · u))
 
-    with q as in reference/cross_entropy.py, so that Q p = dlogits / c + q needs no logits. For the class of the row, where
-    that cancels, Q p is what the others leave of Q.
+    with q as in reference/cross_entropy.py, so that Q p = dlogits / c + q needs no logits. For the class of the row,
+    where that cancels, Q p is what the others leave of Q.
     """
     d, target, weight = saved["dlogits"], saved["target"], saved["weight"]
     assert d is not None

@@ -5,6 +5,7 @@ Where a derivative may be asked for they are the operator's autograd.Functions, 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,24 @@ if TYPE_CHECKING:
     from fastattn.ops.define import Operator
 
 _LIBRARY = torch.library.Library("fastattn", "FRAGMENT")
+_FLOP_FORMULAS: dict[torch._ops.OpOverloadPacket, Callable[..., int]] = {}
+
+
+def offer_flop_formulas() -> None:
+    """Tell torch.utils.flop_counter what the ops count for, if the program has loaded it; to do so takes 0.2 s.
+
+    A counter that is already at work has copied the formulas that torch knew when it was made.
+    """
+    if torch.compiler.is_compiling() or "torch.utils.flop_counter" not in sys.modules:
+        return
+    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+    from torch.utils.flop_counter import flop_registry
+
+    counters = (getattr(mode, "counter", None) for mode in _get_current_dispatch_mode_stack())
+    registries = [flop_registry, *(counter.flop_registry for counter in counters if counter is not None)]
+    for registry in registries:
+        for packet, formula in _FLOP_FORMULAS.items():
+            registry.setdefault(packet, formula)
 
 
 def as_tuple(result: Any) -> Tensors:
@@ -60,7 +79,12 @@ def forward_op(op: Operator) -> torch._ops.OpOverload:
         outputs, dims = op.map(info.batch_size, in_dims[:n], call, args[:n])
         return _as_result(outputs), _as_result(dims)
 
-    return _register(d.name, schema, n, kernel, fake, differentiable, vmap)
+    def flops(*args, out_val=None, **kwargs):
+        inputs, spec, _ = parse(args)
+        assert d.flops is not None
+        return d.flops(dict(zip(op.input_names, inputs, strict=True)), spec)
+
+    return _register(d.name, schema, n, kernel, fake, differentiable, vmap, flops if d.flops else None)
 
 
 def backward_op(op: Operator) -> torch._ops.OpOverload:
@@ -93,11 +117,24 @@ def backward_op(op: Operator) -> torch._ops.OpOverload:
 
         return op.map(info.batch_size, in_dims[:n], call, args[:n])
 
-    return _register(f"{d.name}_backward", schema, n, kernel, fake, differentiable, vmap)
+    def flops(*args, out_val=None, **kwargs):
+        saved, wanted, spec, _ = parse(args)
+        assert d.backward_flops is not None
+        return d.backward_flops(dict(zip(d.saved, saved, strict=True)), wanted, spec)
+
+    formula = flops if d.backward_flops else None
+    return _register(f"{d.name}_backward", schema, n, kernel, fake, differentiable, vmap, formula)
 
 
 def _register(
-    name: str, schema: str, n_tensors: int, kernel: Callable, fake: Callable, differentiable: Callable, vmap: Callable
+    name: str,
+    schema: str,
+    n_tensors: int,
+    kernel: Callable,
+    fake: Callable,
+    differentiable: Callable,
+    vmap: Callable,
+    flops: Callable[..., int] | None,
 ) -> torch._ops.OpOverload:
     qualified = f"fastattn::{name}"
     torch.library.define(qualified, schema, lib=_LIBRARY, tags=(torch.Tag.pt2_compliant_tag,))
@@ -121,6 +158,8 @@ def _register(
     torch.library.register_fake(qualified, fake, lib=_LIBRARY)
     torch.library.register_vmap(qualified, vmap, lib=_LIBRARY)
     _LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)
+    if flops is not None:
+        _FLOP_FORMULAS[getattr(torch.ops.fastattn, name)] = flops
     return op
 
 

@@ -11,8 +11,8 @@ makes
 The kernels compute the operator and its gradient, and a definition may bring one for forward mode. When the gradient
 is itself differentiated, what is needed is computed from the inputs by the definition's `reference`, to any order:
 right, but unfused, which for attention holds S_q × S_k matrices. Nothing is spent on it before. A loss that keeps its
-gradient instead of its input computes it from that gradient where it can, else refuses it. Code that torch.compile compiled cannot be differentiated twice: that
-is PyTorch's limit.
+gradient instead of its input computes it from that gradient where it can, else refuses it. Code that torch.compile
+compiled cannot be differentiated twice: that is PyTorch's limit.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
 from fastattn.errors import NoMemoryError, UnsupportedError
-from fastattn.ops.custom_ops import as_tuple, backward_op, forward_op
+from fastattn.ops.custom_ops import as_tuple, backward_op, forward_op, offer_flop_formulas
 from fastattn.ops.differentiate import Tensors, forward_mode, jvp, vjp, without_tangents
 from fastattn.ops.functions import (
     eager_function,
@@ -84,6 +84,11 @@ class Definition:
     # (grads, saved by name, wanted, spec) -> gradients: what a compiler is shown instead of a kernel, because in torch
     # operations it is fused with its neighbours
     passed: tuple[str, str] | None = None  # (input, output): the gradient of the one is that of the other, unchanged
+    flops: Callable[[dict[str, Tensor | None], Any], int] | None = None  # (inputs by name, spec) -> operations of the
+    # matrix products, as torch.utils.flop_counter counts them
+    backward_flops: Callable[[dict[str, Tensor | None], Sequence[bool], Any], int] | None = (
+        None  # (saved, wanted, spec)
+    )
     recycled: tuple[str, str] | None = None  # (input, saved output): the gradient of the one may take the memory of the
     # other once nobody can ask for it again; the launcher is then given one tensor for both
 
@@ -203,6 +208,7 @@ class Operator:
     # ---- the same for tensors of any kind
 
     def call_custom(self, inputs: Sequence[Tensor | None], spec: Spec, backend: str) -> Tensors:
+        offer_flop_formulas()
         return as_tuple(self.custom_op(*inputs, *self.definition.encode(spec), backend))
 
     def call_backward(
@@ -221,6 +227,7 @@ class Operator:
             grads, saved = tensors[: len(d.outputs)], tensors[len(d.outputs) :]
             found = d.traced_backward(grads, dict(zip(d.saved, saved, strict=True)), wanted, spec)
             return self.placeholders(found, saved)
+        offer_flop_formulas()
         return self.custom_backward(*tensors, list(wanted), *d.encode(spec), backend)
 
     # ---- in torch operations

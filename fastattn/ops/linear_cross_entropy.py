@@ -95,6 +95,17 @@ def _reference(inputs, spec: Spec):
     return loss, loss.new_zeros(1 if spec.loss.divides else 0, dtype=torch.float32)
 
 
+def _flops(inputs, spec: Spec) -> int:
+    """hidden weightᵀ, and as much for the gradient of each that the forward computes."""
+    hidden, weight = inputs["hidden"], inputs["weight"]
+    return 2 * hidden.numel() * weight.shape[0] * (1 + sum(spec.gradients[:2]))
+
+
+def _backward_flops(saved, wanted, spec: Spec) -> int:
+    """hidden weightᵀ again, and as much for each gradient."""
+    return 2 * saved["hidden"].numel() * saved["weight"].shape[0] * (1 + sum(wanted[:2]))
+
+
 linear_cross_entropy = Operator(
     Definition(
         name="linear_cross_entropy",
@@ -106,6 +117,8 @@ linear_cross_entropy = Operator(
         allocate_grads=_allocate_grads,
         launch_backward=_launch_backward,
         reference=_reference,
+        flops=_flops,
+        backward_flops=_backward_flops,
         **_COMMON,
     )
 )
@@ -158,6 +171,7 @@ linear_cross_entropy_with_gradient = Operator(
         launch_backward=_launch_scaling,
         traced_backward=_traced_scaling,
         reference=_reference_with_gradient,
+        flops=_flops,
         recycled=("weight", "dweight"),
         **_COMMON,
     )

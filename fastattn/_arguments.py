@@ -240,6 +240,31 @@ def sequences(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k) -
     return Sequences(cu[0], cu[1], max_seqlen_q, max_seqlen_k)
 
 
+def check_seqused(sequences: Sequences, seqused_q: Any, seqused_k: Any, bounds: tuple[Tensor, Tensor]) -> None:
+    """Check how many rows of each sequence count; `bounds` are cu_seqlens of q and k as they were given."""
+    fn = "varlen_attention"
+    for side, used, cu_seqlens in zip("qk", (seqused_q, seqused_k), bounds, strict=True):
+        name = f"seqused_{side}"
+        check_tensor(fn, name, used, optional=True)
+        if used is None:
+            continue
+        if used.dtype not in (torch.int32, torch.int64):
+            raise ArgumentTypeError(f"{fn}: `{name}` has dtype {dtype_name(used.dtype)}; it must be int32 or int64.")
+        check_same_device(fn, name, used.device, "q", cu_seqlens.device)
+        if tuple(used.shape) != (sequences.B,):
+            raise ArgumentError(
+                f"{fn}: `{name}` has shape {tuple(used.shape)}; it must be (B,) = ({sequences.B},): one number for "
+                "each sequence."
+            )
+        if used.is_cpu and is_plain(used, cu_seqlens):
+            for b, (n, length) in enumerate(zip(used.tolist(), cu_seqlens.diff().tolist(), strict=True)):
+                if not 0 <= n <= length:
+                    raise ArgumentError(
+                        f"{fn}: `{name}` is {n} for sequence {b}, which has {length} rows; it must be between 0 and "
+                        "that."
+                    )
+
+
 def as_int32(cu_seqlens: Tensor) -> Tensor:
     """Return checked bounds as the kernels read them: contiguous, in the dtype that they count rows in."""
     return cu_seqlens.int().contiguous()
@@ -296,14 +321,15 @@ def known_length(longest: int | Tensor) -> int | None:
     return longest
 
 
-def packed_alignment(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> str:
+def packed_alignment(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k) -> str:
     """causal=True for packed sequences: only where both sides are known to have the same lengths."""
-    if cu_seqlens_q is not cu_seqlens_k:
-        raise ArgumentError(
-            "varlen_attention: `causal=True` is ambiguous unless `cu_seqlens_k` is the same tensor as `cu_seqlens_q`; "
-            'say causal="top_left" (row i of a sequence sees its keys up to i) or "bottom_right" (the last row sees '
-            "the last key)."
-        )
+    for name, of_q, of_k in (("cu_seqlens", cu_seqlens_q, cu_seqlens_k), ("seqused", seqused_q, seqused_k)):
+        if of_q is not of_k:
+            raise ArgumentError(
+                f"varlen_attention: `causal=True` is ambiguous unless `{name}_k` is the same tensor as `{name}_q`; "
+                'say causal="top_left" (row i of a sequence sees its keys up to i) or "bottom_right" (the last row '
+                "sees the last key)."
+            )
     return "bottom_right"
 
 

@@ -211,6 +211,8 @@ VARLEN_TYPES = [
     varlen("cu_k_list", "`cu_seqlens_k` is a list", TENSOR, cu_k=[0, 4, 9]),
     varlen("cu_q_int16", "`cu_seqlens_q` has dtype int16", "it must be int32", cu_q=replace(CU_Q, dtype=torch.int16)),
     varlen("cu_k_float", "`cu_seqlens_k` has dtype float32", "it must be int32", cu_k=replace(CU_K, dtype=torch.float)),
+    varlen("used_q_list", "`seqused_q` is a list", f"{TENSOR} or None", seqused_q=[1, 2]),
+    varlen("used_k_float", "`seqused_k` has dtype float32", "it must be int32 or int64", seqused_k=T((2,))),
     varlen("max_q_none", "`max_seqlen_q` is None", LONGEST, max_q=None),
     varlen("max_q_float", "`max_seqlen_q` is a float", LONGEST, max_q=4.0),
     varlen("max_k_bool", "`max_seqlen_k` is a bool", LONGEST, max_k=True),
@@ -250,6 +252,8 @@ VARLEN_VALUES = [
     varlen("max_q_negative", "`max_seqlen_q` is -1", "0 or more", max_q=-1),
     varlen("max_k_of_each", "`max_seqlen_k` is a tensor of shape (2,)", LONGEST, max_k=i32(4, 5)),
     varlen("causal_sides", "`causal=True` is ambiguous unless `cu_seqlens_k` is the same", '"top_left"', causal=True),
+    varlen("used_q_shape", "`seqused_q` has shape (3,)", "(B,) = (2,)", seqused_q=i32(1, 2, 3)),
+    varlen("used_k_device", "`seqused_k` is on meta", "one device", seqused_k=T((2,), torch.int32, "meta")),
     varlen("causal_name", "`causal` is 'lower_right'", ALIGNMENTS, causal="lower_right"),
     varlen("window_flash_attn", "left side of `window` is -1", "None for unbounded", window=(-1, -1)),
     varlen("window_empty", "left side of `window` is -3", "0 or more", window=(-3, 2)),
@@ -277,6 +281,8 @@ VARLEN_LENGTHS = [
     varlen("max_k", "`max_seqlen_k` is 0 and `cu_seqlens_k` has a sequence of 5", "or more", max_k=0),
     varlen("max_q_tensor", "`max_seqlen_q` is 1 and `cu_seqlens_q` has a sequence of 4", max_q=T((1,), torch.int64)),
     varlen("bias_max_tensor", "`bias` has shape (4, 4)", PACKED_SCORES, bias=T((4, 4)), max_k=i32(5)),
+    varlen("used_q_above", "`seqused_q` is 5 for sequence 0, which has 3 rows", "between 0 and", seqused_q=i32(5, 3)),
+    varlen("used_k_below", "`seqused_k` is -1 for sequence 1, which has 5 rows", seqused_k=i32(4, -1)),
 ]
 SDPA_TYPES = [
     sdpa("query_list", "`query` is a list", TENSOR, query=[1.0]),

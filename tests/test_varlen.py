@@ -50,6 +50,83 @@ def test_a_sequence_does_not_depend_on_its_neighbours(device):
     assert torch.equal(lse[:, 20:57], own_lse)
 
 
+USED = {
+    "full": {},
+    "bottom_right": {"causal": "bottom_right"},
+    "top_left": {"causal": "top_left", "window": (4, None)},
+    "features": {
+        "softcap": 3.0,
+        "sinks": torch.tensor([0.5, -1.0, 0.0, 2.0]),
+        "alibi_slopes": torch.tensor([0.5, 0.25, 0.1, 0.0]),
+    },
+    "dropout": {"dropout_p": 0.4},
+}
+
+
+@pytest.mark.parametrize("backend", ["triton", "cpu", "eager", "reference"])
+@pytest.mark.parametrize(
+    ("sides", "name"), [("q", "bottom_right"), ("k", "bottom_right"), *(("qk", name) for name in USED)]
+)
+def test_unused_rows_between_sequences(sides, name, backend, device):
+    """To the bit what the used rows alone give, whatever the others hold; gradients too."""
+    if why := fastattn.backends.get(backend).available(device):
+        pytest.skip(why)
+    options = {key: t.to(device) if torch.is_tensor(t) else t for key, t in USED[name].items()}
+    lengths = {"q": [5, 0, 9, 4], "k": [7, 3, 9, 6]}
+    used = {"q": [3, 0, 9, 0], "k": [7, 0, 2, 5]}
+    kept, whole, seqused, where = {}, {}, {}, {}
+    for side in "qk":
+        starts = torch.tensor([0, *lengths[side]]).cumsum(0).tolist()
+        count = used[side] if side in sides else lengths[side]
+        where[side] = [row for start, n in zip(starts, count, strict=False) for row in range(start, start + n)]
+        kept[side], whole[side] = cu(*count, device=device), cu(*lengths[side], device=device)
+        if side in sides:
+            seqused[f"seqused_{side}"] = torch.tensor(count, device=device)
+    q, k, v, do = make_inputs((20, 4, 16), (27, 2, 16), (27, 2, 16), (20, 4, 16), device=device)
+
+    def run(q, k, v, do, dlse, bounds, **seqused):
+        leaves = [t.detach().clone().requires_grad_() for t in (q, k, v)]
+        torch.manual_seed(0)
+        o, lse = fastattn.varlen_attention(
+            *leaves, bounds["q"], bounds["k"], 9, 9, return_lse=True, backend=backend, **seqused, **options
+        )
+        return o, lse, *torch.autograd.grad((o, lse), leaves, (do, dlse))
+
+    rows, keys = where["q"], where["k"]
+    (dlse,) = make_inputs((4, 20), device=device)
+    expected = run(q[rows], k[keys], v[keys], do[rows], dlse[:, rows], kept)
+    with torch.no_grad():
+        for t, its in ((q, rows), (k, keys), (v, keys)):
+            t[[i for i in range(len(t)) if i not in its]] = torch.nan
+    o, lse, dq, dk, dv = run(q, k, v, do, dlse, whole, **seqused)
+    placed = ((o, rows, 0), (lse.T, rows, -torch.inf), (dq, rows, 0), (dk, keys, 0), (dv, keys, 0))
+    for (found, its, elsewhere), right in zip(placed, expected, strict=True):
+        assert torch.equal(found[its], right.T if right is expected[1] else right)
+        assert (found[[i for i in range(len(found)) if i not in its]] == elsewhere).all()
+
+
+def test_unused_rows_of_sequences_that_are_the_same(device):
+    """causal=True needs no word about alignment where both sides have one seqused; under a compiler too."""
+    q, k, v = make_inputs(*[(30, 2, 16)] * 3, device=device)
+    bounds, used = cu(10, 20, device=device), torch.tensor([4, 15], device=device, dtype=torch.int32)
+
+    def call(q, k, v):
+        return fastattn.varlen_attention(
+            q, k, v, bounds, bounds, 20, 20, seqused_q=used, seqused_k=used, causal=True, backend="triton"
+        )
+
+    o = call(q, k, v)
+    alone = cu(15, device=device)
+    right = fastattn.varlen_attention(
+        *(t[10:25] for t in (q, k, v)), alone, alone, 15, 15, causal=True, backend="triton"
+    )
+    assert torch.equal(o[10:25], right)
+    assert not o[25:].any()
+    assert torch.equal(torch.compile(call, backend="aot_eager", fullgraph=True)(q, k, v), o)
+    with pytest.raises(fastattn.errors.ArgumentError, match="is ambiguous unless `seqused_k` is the same tensor"):
+        fastattn.varlen_attention(q, k, v, bounds, bounds, 20, 20, seqused_k=used, causal=True)
+
+
 def test_garbage_after_the_last_sequence_never_leaks(device):
     q, k, v = (t.requires_grad_() for t in make_inputs(*[(50, 2, 16)] * 3, device=device))
     rows = cu(13, 20, device=device)

@@ -12,6 +12,7 @@ from torch import Tensor
 from fastattn import _arguments as check
 from fastattn import backends
 from fastattn.functional._plan import autocast, cached, wants_gradient
+from fastattn.functional._seqused import order_of, taken
 from fastattn.ops.attention import attention as attention_op
 from fastattn.spec import AttentionInputs, AttentionSpec, Work
 
@@ -180,6 +181,8 @@ def varlen_attention(
     max_seqlen_q: int | Tensor,
     max_seqlen_k: int | Tensor,
     *,
+    seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
     return_lse: Literal[False] = False,
     **options: Unpack[AttentionOptions],
 ) -> Tensor: ...
@@ -193,6 +196,8 @@ def varlen_attention(
     max_seqlen_q: int | Tensor,
     max_seqlen_k: int | Tensor,
     *,
+    seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
     return_lse: Literal[True],
     **options: Unpack[AttentionOptions],
 ) -> tuple[Tensor, Tensor]: ...
@@ -205,6 +210,8 @@ def varlen_attention(
     max_seqlen_q: int | Tensor,
     max_seqlen_k: int | Tensor,
     *,
+    seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
     causal: bool | str = False,
     window: tuple[int | None, int | None] | None = None,
     scale: float | None = None,
@@ -235,8 +242,12 @@ def varlen_attention(
         max_seqlen_q: the longest sequence of q, or a bound of it: an int, or an integer tensor of one element, which is
             read on the host only where it lies there. The kernels need neither; bias and mask are sized by it.
         max_seqlen_k: the same of k.
-        causal: True needs cu_seqlens_k to be the same tensor as cu_seqlens_q; otherwise "top_left" or "bottom_right".
-            The diagonal is each sequence's own.
+        seqused_q: (B,) int32 or int64: how many rows of each sequence of q count, from its first; None: all. The others
+            are padding: they give o = 0, lse = −inf and have zero gradients. To take the sequences together costs a
+            copy of q, k, v and o.
+        seqused_k: (B,), the same of k and v, whose other rows are never seen.
+        causal: True needs cu_seqlens_k and seqused_k to be the same tensors as cu_seqlens_q and seqused_q; otherwise
+            "top_left" or "bottom_right". The diagonal is each sequence's own, of the rows that count.
         bias, mask: broadcastable to (B, H, max_seqlen_q, max_seqlen_k), indexed by positions within a sequence.
         alibi_slopes: (H,) or (B, H).
         window, scale, softcap, sinks, dropout_p, return_lse, deterministic, backend, q_scale, k_scale, v_scale: as in
@@ -258,14 +269,22 @@ def varlen_attention(
     """
     fn = "varlen_attention"
     sequences = check.sequences(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    check.check_seqused(sequences, seqused_q, seqused_k, (cu_seqlens_q, cu_seqlens_k))
     if causal is True:
-        causal = check.packed_alignment(cu_seqlens_q, cu_seqlens_k)
+        causal = check.packed_alignment(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
+    place = None
+    if seqused_q is not None:
+        source, place, cu = order_of(sequences.cu_seqlens_q, seqused_q, q.shape[0])
+        q, sequences = taken(q, source), sequences._replace(cu_seqlens_q=cu)
+    if seqused_k is not None:
+        source, _, cu = order_of(sequences.cu_seqlens_k, seqused_k, k.shape[0])
+        k, v, sequences = taken(k, source), taken(v, source), sequences._replace(cu_seqlens_k=cu)
     q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))  # (1, H, T, D)
     result = _attend(
         fn, q, k, v, causal, window, scale, bias, mask, alibi_slopes, softcap, sinks, dropout_p, return_lse,
         deterministic, backend, (q_scale, k_scale, v_scale), sequences,
     )  # fmt: skip
-    if return_lse:
-        o, lse = result
-        return o[0].transpose(0, 1), lse[0]
-    return result[0].transpose(0, 1)
+    o, lse = (result[0][0].transpose(0, 1), result[1][0]) if return_lse else (result[0].transpose(0, 1), None)
+    if place is not None:
+        o, lse = taken(o, place), None if lse is None else taken(lse, place, 1)
+    return o if lse is None else (o, lse)

@@ -87,10 +87,13 @@ def _attention_spec(
     return spec, q.device, attention_work(tensors[0].shape, tensors[1].shape, wants_gradient(q, k, v), return_lse)
 
 
-def _varlen_spec(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *, causal, **options):
+def _varlen_spec(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *, seqused_q, seqused_k, causal, **options
+):
     sequences = check.sequences(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    check.check_seqused(sequences, seqused_q, seqused_k, (cu_seqlens_q, cu_seqlens_k))
     if causal is True:
-        causal = check.packed_alignment(cu_seqlens_q, cu_seqlens_k)
+        causal = check.packed_alignment(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
     q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
     return _attention_spec(q, k, v, causal=causal, fn="varlen_attention", sequences=sequences, **options)
 

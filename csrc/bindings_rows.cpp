@@ -124,7 +124,7 @@ void put_target(rows::CrossEntropy& p, const TargetArgument& target) {
   for (int d = 0; d < 3; ++d) p.target_step[d] = steps[d];
 }
 
-void cross_entropy_forward(const RowsArgument& loss, uintptr_t row_max, uintptr_t log_sum, uintptr_t divisor,
+void cross_entropy_forward(const RowsArgument& loss, uintptr_t row_max, uintptr_t row_sum, uintptr_t divisor,
                            const RowsArgument& dlogits, const RowsArgument& logits, const TargetArgument& target,
                            const VectorArgument& weight, const RowsArgument& dloss, int64_t M, int64_t N, int64_t R1,
                            int64_t R2, int64_t ignore_index, float label_smoothing, float z_loss, float softcap,
@@ -136,7 +136,7 @@ void cross_entropy_forward(const RowsArgument& loss, uintptr_t row_max, uintptr_
   p.loss = column(loss);
   p.dloss = column(dloss);
   p.row_max = pointer<float>(row_max);
-  p.log_sum = pointer<float>(log_sum);
+  p.row_sum = pointer<float>(row_sum);
   for (int d = 0; d < 3; ++d) p.statistics[d] = p.loss.step[d];
   put_target(p, target);
   p.weight = vector(weight);
@@ -150,7 +150,7 @@ void cross_entropy_forward(const RowsArgument& loss, uintptr_t row_max, uintptr_
 
 void cross_entropy_backward(const RowsArgument& dlogits, const RowsArgument& dloss, const RowsArgument& logits,
                             const TargetArgument& target, const VectorArgument& weight, const RowsArgument& row_max,
-                            uintptr_t log_sum, uintptr_t divisor, int64_t M, int64_t N, int64_t R1, int64_t R2,
+                            uintptr_t row_sum, uintptr_t divisor, int64_t M, int64_t N, int64_t R1, int64_t R2,
                             int64_t ignore_index, float label_smoothing, float z_loss, float softcap,
                             uintptr_t stream) {
   rows::CrossEntropy p{};
@@ -160,7 +160,7 @@ void cross_entropy_backward(const RowsArgument& dlogits, const RowsArgument& dlo
   p.dloss = column(dloss);
   const rows::Column statistics = column(row_max);
   p.row_max = static_cast<float*>(statistics.data);
-  p.log_sum = pointer<float>(log_sum);
+  p.row_sum = pointer<float>(row_sum);
   for (int d = 0; d < 3; ++d) p.statistics[d] = statistics.step[d];
   put_target(p, target);
   p.weight = vector(weight);
@@ -250,23 +250,23 @@ bool (M, N), any steps, 0 included, or None. causal: row (i0, i1, i2) sees n <= 
         "log"_a, "causal"_a, "diagonal"_a, "stream"_a, Released(),
         "Fills dx from dy and softmax_forward's y; all three of one dtype. The rest as of softmax_forward.");
 
-  m.def("cross_entropy_forward", &cross_entropy_forward, "loss"_a, "row_max"_a, "log_sum"_a, "divisor"_a, "dlogits"_a,
+  m.def("cross_entropy_forward", &cross_entropy_forward, "loss"_a, "row_max"_a, "row_sum"_a, "divisor"_a, "dlogits"_a,
         "logits"_a, "target"_a, "weight"_a, "dloss"_a, "M"_a, "N"_a, "R1"_a, "R2"_a, "ignore_index"_a,
         "label_smoothing"_a, "z_loss"_a, "softcap"_a, "stream"_a, Released(),
         R"(Losses of M rows of N logits, not reduced, and what there is of the other outputs.
 
-loss: (address, dtype, step0, step1, step2) of (M,), of the logits' dtype or FLOAT32. row_max, log_sum: address of fp32
+loss: (address, dtype, step0, step1, step2) of (M,), of the logits' dtype or FLOAT32. row_max, row_sum: address of fp32
 by loss's steps, or 0. dlogits, logits: (address, dtype, step0, step1, step2) of (M, N), of one dtype; dlogits may be
 logits, or None. target: (address, whether int64 and not int32, step0, step1, step2) of (M,). weight: (address, dtype)
 of (N,), of the logits' dtype or FLOAT32, or None; not together with label_smoothing. divisor: address of fp32 (1,) that dlogits is
 divided by, or 0. dloss: (address, FLOAT32, steps) of (M,), a factor on dlogits, or None. softcap: 0 for none.)");
   m.def("cross_entropy_backward", &cross_entropy_backward, "dlogits"_a, "dloss"_a, "logits"_a, "target"_a, "weight"_a,
-        "row_max"_a, "log_sum"_a, "divisor"_a, "M"_a, "N"_a, "R1"_a, "R2"_a, "ignore_index"_a, "label_smoothing"_a,
+        "row_max"_a, "row_sum"_a, "divisor"_a, "M"_a, "N"_a, "R1"_a, "R2"_a, "ignore_index"_a, "label_smoothing"_a,
         "z_loss"_a, "softcap"_a, "stream"_a, Released(),
         R"(Fills dlogits, which may be logits, from what cross_entropy_forward filled.
 
 dloss: (address, dtype, step0, step1, step2) of (M,), of the logits' dtype or FLOAT32; steps 0 for a scalar. row_max:
-(address, FLOAT32, step0, step1, step2); log_sum: address, by the same steps. The rest as of cross_entropy_forward.)");
+(address, FLOAT32, step0, step1, step2); row_sum: address, by the same steps. The rest as of cross_entropy_forward.)");
   m.def("scale_rows", &scale_rows, "out"_a, "x"_a, "factor"_a, "M"_a, "N"_a, "R1"_a, "R2"_a, "stream"_a, Released(),
         R"(out = factor · x, row by row; out may be x, and rows of factor 1 are then not touched.
 

@@ -88,7 +88,7 @@ struct CrossEntropy {
   Matrix logits;   // (M, N)
   Column loss;     // (M,) fp32 or of the loss's dtype; forward alone
   Column dloss;    // (M,) factor on dlogits, or none
-  float *row_max, *log_sum;   // (M,) by the steps of `statistics`, or none
+  float *row_max, *row_sum;   // (M,) by the steps of `statistics`, or none
   int64_t statistics[3];
   const void* target;         // (M,) int64 or int32, by target_step
   int64_t target_step[3];

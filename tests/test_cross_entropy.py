@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pytest
@@ -56,6 +57,8 @@ CASES = [
     Case("weight", (9, 40), weight=True, ignored=2),
     Case("smoothing", (9, 40), ignored=2, options={"label_smoothing": 0.2}),
     Case("smoothing_weight", (9, 40), weight=True, ignored=2, options={"label_smoothing": 0.2}),
+    Case("smoothing_wide", (5, 4097), options={"label_smoothing": 0.1}),
+    Case("smoothing_wide_weight", (5, 4097), weight=True, options={"label_smoothing": 0.1}),
     Case("z_loss", (9, 40), ignored=2, options={"z_loss": 0.1}),
     Case("softcap", (9, 40), ignored=2, options={"softcap": 1.5}),
     Case("everything", (9, 40), weight=True, ignored=2, options=ALL),
@@ -92,6 +95,86 @@ def cuda_has(case: Case) -> bool:
 @pytest.mark.parametrize(("case", "backend"), on_backends(CASES, cuda=cuda_has), ids=str)
 def test_cross_entropy(case: Case, reduction: str, backend: str, device: torch.device):
     check(case, reduction, backend, device)
+
+
+@pytest.mark.parametrize("backend", ["triton", "cpu", "cuda"])
+@pytest.mark.parametrize("scale", [0.1, 1.0, 100.0])
+def test_smoothed_loss_is_right_to_its_rounding(scale, backend, device):
+    """The term of the class is 9 · 4097 times one that smoothing spreads: in one sum with it those would be rounded."""
+    if why := backends.get(backend).available(device):
+        pytest.skip(why)
+    V, (x,) = 4097, make_inputs((33, 4097), device=device)
+    x, t = x * scale, torch.arange(33, device=device) * 123
+    exact = fastattn.cross_entropy(x.double(), t, label_smoothing=0.1, reduction="none", backend="reference")
+    loss = fastattn.cross_entropy(x, t, label_smoothing=0.1, reduction="none", backend=backend)
+    assert (loss / exact - 1).square().mean().sqrt() < 7e-8  # 2^-24 is 6e-8
+    if backend != "cuda":
+        weight, identity = torch.linspace(0.5, 2.0, V, device=device), torch.eye(33, device=device)
+        options = {"label_smoothing": 0.1, "reduction": "none"}
+        exact = fastattn.cross_entropy(x.double(), t, weight.double(), **options, backend="reference")
+        rows = x.T.contiguous()
+        loss = fastattn.linear_cross_entropy(identity, rows, t, class_weight=weight, **options, backend=backend)
+        assert (loss / exact - 1).square().mean().sqrt() < 7e-8
+
+
+@pytest.mark.parametrize("backend", ["triton", "cpu", "cuda"])
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+def test_gradient_of_rows_is_rounded_once(dtype, backend, device):
+    """Each row has a factor: every entry is the float64 gradient rounded to its dtype, or its neighbour."""
+    if why := backends.get(backend).available(device):
+        pytest.skip(why)
+    torch.manual_seed(0)
+    x, t = (torch.randn(40, 100, device=device) * 2).to(dtype), torch.arange(40, device=device)
+    weight, factor = torch.rand(100, device=device) + 0.1, torch.randn(40, device=device).to(dtype)
+
+    def gradient(x, backend, weight):
+        leaf = x.requires_grad_()
+        loss = fastattn.cross_entropy(leaf, t, weight, reduction="none", backend=backend)
+        return torch.autograd.grad(loss, leaf, factor.to(loss.dtype))[0]
+
+    found = gradient(x.clone(), backend, weight).double()
+    exact = gradient(x.double(), "reference", weight.double())
+    half_ulp = torch.finfo(dtype).eps / 2
+    normal = exact.abs() > torch.finfo(dtype).tiny  # smaller numbers are coarser, and so few in bfloat16
+    off = ((found - exact).abs() / exact.abs())[normal]
+    assert off.max() <= 1.01 * half_ulp
+    assert off.square().mean().sqrt() <= 0.45 * half_ulp  # 0.42 of it is what one rounding leaves
+    assert ((found - exact).abs()[~normal] <= torch.finfo(dtype).smallest_normal * half_ulp * 1.01).all()
+
+
+@pytest.mark.parametrize("backend", ["triton", "cpu", "eager"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")], ids=str)
+def test_a_logit_that_is_not_finite_is_as_torch_has_it(value, smoothing, backend, device):
+    """At the class of a row and beside it."""
+    if why := backends.get(backend).available(device):
+        pytest.skip(why)
+    x, t = torch.randn(4, 30, device=device), torch.tensor([3, 7, 3, 0], device=device)
+    x[:3, 3] = value
+    results = []
+    for f in (torch.nn.functional.cross_entropy, partial(fastattn.cross_entropy, backend=backend)):
+        leaf = x.clone().requires_grad_()
+        losses = f(leaf, t, label_smoothing=smoothing, reduction="none")
+        results.append((losses, torch.autograd.grad(losses.sum(), leaf)[0]))
+    torch.testing.assert_close(*results, equal_nan=True)
+
+
+@pytest.mark.parametrize("backend", ["triton", "cpu", "cuda"])
+def test_gradient_is_right_where_probability_and_target_cancel(backend, device):
+    """With label smoothing p is close to ε / V somewhere in every row: an error of p shows there."""
+    if why := backends.get(backend).available(device):
+        pytest.skip(why)
+    x = torch.randn(63, 41, generator=torch.Generator().manual_seed(0)).bfloat16().to(device)
+    t = torch.arange(63, device=device).remainder(41)
+
+    def gradient(x, backend):
+        leaf = x.requires_grad_()
+        loss = fastattn.cross_entropy(leaf, t, label_smoothing=0.2, reduction="sum", backend=backend)
+        return torch.autograd.grad(loss, leaf)[0].double()
+
+    exact = gradient(x.double(), "reference")
+    off = (gradient(x.clone(), backend) - exact).abs()
+    assert (off <= 1e-8 + torch.finfo(BF16).eps / 2 * 1.01 * exact.abs()).all()
 
 
 @st.composite
@@ -363,8 +446,9 @@ def test_gradient_is_differentiated_again_from_what_is_kept(case, backend, devic
 
         exact = orders(x.clone().requires_grad_(), "reference", exact_options)
         found = orders(x.float().requires_grad_(), backend, options)
+        largest = max(1.0, *(right.abs().max().item() for right in exact))
         for ours, right in zip(found, exact, strict=True):
-            torch.testing.assert_close(ours.double(), right, rtol=0.0, atol=2e-6 * max(1.0, right.abs().max().item()))
+            torch.testing.assert_close(ours.double(), right, rtol=0.0, atol=4e-6 * largest)
 
 
 def test_gradient_is_differentiated_again_at_any_size():

@@ -115,7 +115,7 @@ def run_loss(
     M, V = case.M, case.V
     none, mean = reduction == "none", reduction == "mean"
     losses = poisoned(logits, case.loss_dtype if none else F32, target.shape)
-    row_max, log_sum = (poisoned(logits, F32, target.shape) for _ in range(2))
+    row_max, row_sum = (poisoned(logits, F32, target.shape) for _ in range(2))
     divisor, partial = poisoned(logits, F32, (1,)), poisoned(logits, F32, (kernels().sum_partials(M),))
     dlogits, again = logits if inplace else poisoned(logits), poisoned(logits)
     given = logits.clone(memory_format=torch.preserve_format) if inplace else logits
@@ -131,7 +131,7 @@ def run_loss(
             target_64=target.dtype == torch.int64, ignore_index=-100, stream=0,
         )  # fmt: skip
     kernels().cross_entropy_forward(
-        loss=column(losses), row_max=address(row_max), log_sum=address(log_sum), dlogits=rows(dlogits),
+        loss=column(losses), row_max=address(row_max), row_sum=address(row_sum), dlogits=rows(dlogits),
         logits=rows(logits), dloss=None, **common,
     )  # fmt: skip
     results = {"loss": losses, "dlogits": dlogits}
@@ -144,7 +144,7 @@ def run_loss(
     factor = torch.full(target.shape, 1.0)
     kernels().cross_entropy_backward(
         dlogits=rows(again), dloss=column(factor), logits=rows(given), row_max=column(row_max),
-        log_sum=address(log_sum), **common,
+        row_sum=address(row_sum), **common,
     )  # fmt: skip
     return results | {"dlogits again": again}
 

@@ -173,7 +173,7 @@ CrossEntropy cross_entropy_of(py::handle rows, int64_t V, py::handle dx, py::han
   return p;
 }
 
-// `statistics`: addresses of row_max and log_sum
+// `statistics`: addresses of row_max and row_sum
 void cross_entropy_forward(py::handle rows, int64_t V, py::handle loss, int reduction, py::handle statistics,
                            int64_t divisor_out, py::handle dx, py::handle x, int64_t target, py::handle q,
                            int64_t weight, int64_t divisor, py::handle factor,

@@ -34,7 +34,7 @@ constexpr float INF = __builtin_inff(), NOT_A_NUMBER = __builtin_nanf("");
 constexpr float SLACK = 4.f;
 
 struct Statistics {
-  float highest, log_sum;
+  float highest, sum, log_sum;  // m, Σ exp(s - m) and its logarithm
 };
 
 // q = spike · [j = t] + what is spread over all classes: a constant, or a row of fp32
@@ -95,7 +95,7 @@ Statistics statistics(S s, int64_t V) {
     add(x, 0);
   }
   const float sum = V <= SPAN ? total_of(sums) : (float)(total + total_of(sums));
-  return {highest, log(broadcast(sum))[0]};
+  return {highest, sum, log(broadcast(sum))[0]};
 }
 
 // Σ log p, or with Q Σ q log p
@@ -109,25 +109,27 @@ float sum_log_p(S s, const float* q, Statistics row, int64_t V) {
   });
 }
 
-// dx = (total · p - q + pull · p) · factor [· ds / dx]
+// dx = (total · p - q + pull · p) · factor [· ds / dx],   p = e^(s - m) / Σ, whose exponent has the one rounding of s - m
 template <bool Q, class S, class T>
 void gradient(
     T* dx, S s, const float* q, const Target& target, Statistics row, float pull, float factor, int64_t V) {
-  const Vec highest = broadcast(row.highest), log_sum = broadcast(row.log_sum * LOG2_E);
-  const Vec total = broadcast(target.total), both = broadcast(target.total + pull), pull_ = broadcast(pull);
+  using Accuracy = std::conditional_t<std::is_same_v<T, bf16>, fp16, T>;  // 1e-4 of p shows where p is close to q
+  const float share = 1.f / row.sum;
+  const Vec highest = broadcast(row.highest), pull_ = broadcast(pull * share);
+  const Vec total = broadcast(target.total * share), both = broadcast((target.total + pull) * share);
   const Vec constant = broadcast(target.constant), factor_ = broadcast(factor);
   // The class's entry apart: where p is close to q the difference of those two is small beside the pull.
   float at_t = 0.f;
   if (target.t >= 0) {
     const float spread = Q ? q[target.t] : target.constant;
     const float score = load_one(s + target.t);
-    const float p = exp2_below(broadcast((score - row.highest) * LOG2_E - row.log_sum * LOG2_E))[0];
+    const float p = exp(broadcast(score - row.highest))[0] * share;
     at_t = ((target.total * p - (target.spike + spread)) + pull * p) * factor * slope(s + target.t, First{1})[0];
   }
   for_columns<4>(V, [&](int64_t n, auto part, int) FASTATTN_LAMBDA {
     const Vec score = load(s + n, part);
-    const Vec p = exp2_for(fma(score - highest, broadcast(LOG2_E), -log_sum), T{});
-    Vec d = Q ? fma(pull_, p, total * p - load(q + n, part)) : fma(both, p, -constant);
+    const Vec e = exp_for(score - highest, Accuracy{});
+    Vec d = Q ? fma(pull_, e, total * e - load(q + n, part)) : fma(both, e, -constant);
     store(dx + n, d * factor_ * slope(s + n, part), part);
   });
   if (target.t >= 0) store_one(dx + target.t, at_t);
@@ -227,7 +229,7 @@ float one_row(
       T* dx = row_of<T>(p.dx, place);
       for_columns<1>(p.V, [&](int64_t n, auto part, int) FASTATTN_LAMBDA { store(dx + n, Vec{}, part); });
     }
-    if (statistics_out != nullptr) *statistics_out = {-INF, -INF};
+    if (statistics_out != nullptr) *statistics_out = {-INF, 0.f, -INF};
     return 0.f;
   }
   const T* x = row_of<const T>(p.x, place);
@@ -288,7 +290,7 @@ void cross_entropy_forward(CrossEntropy p, const CrossEntropyLoss& out, int thre
       const float loss = one_row<T>(p, i, room, width, &row, nullptr);
       if (out.row_max != nullptr) {
         out.row_max[i] = row.highest;
-        out.log_sum[i] = row.log_sum;
+        out.row_sum[i] = row.sum;
       }
       if (out.reduced) {
         losses[i] = loss;
@@ -306,10 +308,10 @@ void cross_entropy_forward(CrossEntropy p, const CrossEntropyLoss& out, int thre
   with_type(out.loss.type, [&](auto type) FASTATTN_LAMBDA { store_one((decltype(type)*)out.loss.data, total); });
 }
 
-void cross_entropy_backward(const CrossEntropy& p, const float* row_max, const float* log_sum, int threads) {
+void cross_entropy_backward(const CrossEntropy& p, const float* row_max, const float* row_sum, int threads) {
   with_type(p.x.type, [&](auto type) FASTATTN_LAMBDA {
     for_each_row(p, threads, [&](int64_t i, float* room, int64_t width) {
-      const Statistics known{row_max[i], log_sum[i]};
+      const Statistics known{row_max[i], row_sum[i], log(broadcast(row_sum[i]))[0]};
       one_row<decltype(type)>(p, i, room, width, nullptr, &known);
     });
   });

@@ -25,12 +25,12 @@ struct CrossEntropyLoss {
   Vector loss;               // (M,), or (1,) if it is reduced
   bool reduced, mean;
   float* row_max;            // (M,) or null
-  float* log_sum;
+  float* row_sum;
   float* divisor;            // (1,) or null: Σ w_t over the rows that count, if it is the mean; M for probabilities
 };
 
 FASTATTN_FOR_EACH_ISA(void cross_entropy_forward(CrossEntropy p, const CrossEntropyLoss& out, int threads);
-                      void cross_entropy_backward(const CrossEntropy& p, const float* row_max, const float* log_sum,
+                      void cross_entropy_backward(const CrossEntropy& p, const float* row_max, const float* row_sum,
                                                   int threads);)
 
 }  // namespace fastattn

@@ -29,9 +29,4 @@ FASTATTN_INLINE Vec exp_of(Vec d, float) { return exp(d); }
 template <class T>
 FASTATTN_INLINE Vec exp_of(Vec d, T) { return exp_for(min(broadcast(150.f), d), T{}); }
 
-// 2^x, x <= 0, for what is stored as T
-template <class T>
-FASTATTN_INLINE Vec exp2_for(Vec x, T) { return exp2_below(x); }
-FASTATTN_INLINE Vec exp2_for(Vec x, bf16) { return exp2_roughly(x); }
-
 }  // namespace fastattn::FASTATTN_ISA

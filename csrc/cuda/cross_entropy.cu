@@ -6,7 +6,7 @@
 //   q_j = (1 - ε) w_t [j = t] + ε / N                         for a class t of N; ε only where w = 1
 //   dx_j = (Σ q p_j - q_j + 2 z_loss lse p_j) · ds_j / dx_j   ds / dx = 1 - (s / softcap)²  or 1
 //
-// logits and dlogits (M, N); loss, row_max, log_sum (M,). The registers of a CTA, or of a cluster, hold the row between
+// logits and dlogits (M, N); loss, row_max, row_sum (M,). The registers of a CTA, or of a cluster, hold the row between
 // the pass for maximum and sum and the pass for the gradient, and shared memory what they cannot; a row to be ignored
 // is not read. dlogits may be logits: an element is read for the last time by the thread that writes it, before it
 // does, and the logit of the class comes with the reduction, from the thread that holds it. The arithmetic is fp32.
@@ -151,7 +151,7 @@ cross_entropy_forward_kernel(const __grid_constant__ CrossEntropy p) {
     store_number<T>(p.loss, at, row.counts ? loss : 0.f);
     const int64_t i = offset(at, p.statistics);
     if (p.row_max) p.row_max[i] = scan.max();
-    if (p.log_sum) p.log_sum[i] = log_sum;
+    if (p.row_sum) p.row_sum[i] = scan.sum();
   }
 }
 
@@ -168,8 +168,8 @@ cross_entropy_backward_kernel(const __grid_constant__ CrossEntropy p) {
     const int64_t target = load_target(p.target, p.target_64, offset(at, p.target_step));
     const ClassOfRow row = ClassOfRow::of<T>(p, target, true, p.walk.N);
     const int64_t i = offset(at, p.statistics);
-    const float max = row.counts ? p.row_max[i] : 0.f, log_sum = row.counts ? p.log_sum[i] : 0.f;
-    RowGradient gradient(p, row, max, log_sum, expf(log_sum));
+    const float max = row.counts ? p.row_max[i] : 0.f, sum = row.counts ? p.row_sum[i] : 1.f;
+    RowGradient gradient(p, row, max, logf(sum), sum);
     gradient.factor *= load_number<T>(p.dloss, at);
     for (int c = 0; c < p.walk.chunks; ++c) {
       Pack<T, E> x[PACKS];

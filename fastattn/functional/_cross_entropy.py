@@ -71,8 +71,11 @@ def cross_entropy(
 
         The kernels read N · V logits and, where a gradient is wanted, write as many: 2 N V times the bytes of an
         element in all, while a row (up to 256 KB) stays in the L2 cache. The backward moves nothing if what flows back
-        is 1, as from `loss.backward()`. The gradient can be differentiated again; with softcap, z_loss, probabilities
-        or inplace_backward only torch.func and backend="eager" do so. backend="eager" alone has gradients of
+        is 1, as from `loss.backward()`. For "none" and float16 the backward computes the gradient, from the logits:
+        it moves 3 N V elements in all, and rounds once, after the factor of the row.
+
+        The gradient can be differentiated again. With softcap, z_loss, probabilities or inplace_backward, in a mean or
+        a sum that is not float16, only torch.func and backend="eager" do so. backend="eager" alone has gradients of
         probabilities and weights.
 
     Raises:
@@ -92,7 +95,9 @@ def cross_entropy(
     check_classes("cross_entropy", target, spec, logits)
     if run.COMPOSITE:
         return run.cross_entropy(*at_least(spec.loss_dtype, logits, target, weight), spec)
-    if torch.is_grad_enabled() and logits.requires_grad and forward_has_gradient(logits):
+    # Rows that are not reduced have a factor each: a gradient that was rounded before it would be rounded twice.
+    at_once = (reduction != "none" or inplace_backward) and forward_has_gradient(logits)
+    if torch.is_grad_enabled() and logits.requires_grad and at_once:
         spec = replace(spec, gradient=True, inplace=inplace_backward)
         return cross_entropy_with_gradient((logits, target, weight), spec, run.NAME)[1]
     return cross_entropy_op((logits, target, weight), spec, run.NAME)[0]
@@ -177,14 +182,15 @@ def loss_spec(
     rows, V = (*shape[:dim], *shape[dim + 1 :]), shape[dim]
     check.check_same_device(fn, "target", target[2], "logits", device)
     probabilities = target[1].is_floating_point
+    ignore_index, reduction, label_smoothing, z_loss, softcap = checked_options(fn, probabilities, *options)
     if not probabilities and target[1] not in CLASS_DTYPES:
         raise ArgumentTypeError(
             f"{fn}: `target` has dtype {check.dtype_name(target[1])}; it must be an integer one, for classes, "
             "or floating-point, for probabilities."
         )
-    expected, what = (tuple(shape), "that of the logits") if probabilities else (rows, "one class per row")
+    expected = tuple(shape) if probabilities else rows
     if tuple(target[0]) != expected:
-        raise ArgumentError(f"{fn}: `target` has shape {tuple(target[0])}; it must be {expected}, {what}.")
+        raise ArgumentError(wrong_target(fn, target, rows, tuple(shape)))
     loss_dtype = torch.promote_types(dtype, target[1]) if probabilities else dtype
     if weight is not None:
         check.check_float_dtype(fn, weight_name, weight[1])
@@ -197,11 +203,23 @@ def loss_spec(
         loss_dtype = torch.promote_types(loss_dtype, torch.float32)
     if V == 0 and not probabilities and 0 not in rows:
         raise ArgumentError(f"{fn}: `logits` has no classes, shape {tuple(shape)}; it must have at least one.")
-    ignore_index, reduction, label_smoothing, z_loss, softcap = checked_options(fn, probabilities, *options)
     return CrossEntropySpec(
         dtype, loss_dtype, target[1], None if weight is None else weight[1], ignore_index, reduction, label_smoothing,
         z_loss, softcap, differentiates=differentiates, inner=len(shape) > 2,
     )  # fmt: skip
+
+
+def wrong_target(fn: str, target: tuple, classes: tuple, probabilities: tuple) -> str:
+    """Say what shape the target must have; one of the other kind's shape may have the wrong dtype instead."""
+    shape, dtype = tuple(target[0]), target[1]
+    if dtype.is_floating_point:
+        expected, other, what = probabilities, classes, "that of the logits, for probabilities"
+        instead = f"; classes, which have that shape, must be integers, and it has dtype {check.dtype_name(dtype)}"
+    else:
+        expected, other, what = classes, probabilities, "one class per row"
+        instead = f"; probabilities, which have that shape, must be floating-point; it has {check.dtype_name(dtype)}"
+    hint = instead if shape == other else ""
+    return f"{fn}: `target` has shape {shape}; it must be {expected}, {what}{hint}."
 
 
 def checked_options(fn: str, probabilities: bool, ignore_index, reduction, label_smoothing, z_loss, softcap) -> tuple:
@@ -411,8 +429,7 @@ def linear_cross_entropy_spec(
     probabilities = target[1].is_floating_point
     expected = (*lead, V) if probabilities else lead
     if tuple(target[0]) != expected:
-        what = "probabilities of each row" if probabilities else "one class per row"
-        raise ArgumentError(f"{fn}: `target` has shape {tuple(target[0])}; it must be {expected}, {what}.")
+        raise ArgumentError(wrong_target(fn, target, lead, (*lead, V)))
     flat = (torch.Size((N, V) if probabilities else (N,)), *target[1:])
     logits = (torch.Size((N, V)), *hidden[1:])
     loss = loss_spec(fn, logits, flat, class_weight, options, under_autocast, differentiates, "class_weight")

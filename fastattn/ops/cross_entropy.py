@@ -4,9 +4,10 @@
 no logits: -> (dlogits, loss). Its backward multiplies by what flows back, and is over at once for a factor of 1.
 dlogits is an output with a derivative of its own, the second one of the loss: see `_times_second_derivative`.
 
-`cross_entropy` saves the logits and two numbers per row: -> (loss, row_max, log_sum, divisor). It serves calls without
-a gradient, torch.func and forward mode, to any order, and float16, in which a gradient that has been divided by the
-number of rows, and not yet been multiplied by what flows back, would be rounded to 0.
+`cross_entropy` saves the logits and two numbers per row: -> (loss, row_max, row_sum, divisor). It serves calls without
+a gradient, rows that are not reduced, each with a factor of its own, torch.func and forward mode, to any order, and
+float16, in which a gradient that has been divided by the number of rows, and not yet been multiplied by what flows
+back, would be rounded to 0.
 """
 
 from __future__ import annotations
@@ -69,13 +70,13 @@ def _only_logits(wanted) -> None:
 
 def _allocate(inputs, spec: CrossEntropySpec):
     logits = inputs[0]
-    row_max, log_sum = (logits.new_empty(_rows(logits), dtype=torch.float32) for _ in range(2))
-    return _loss(logits, spec), row_max, log_sum, logits.new_empty(1 if spec.divides else 0, dtype=torch.float32)
+    row_max, row_sum = (logits.new_empty(_rows(logits), dtype=torch.float32) for _ in range(2))
+    return _loss(logits, spec), row_max, row_sum, logits.new_empty(1 if spec.divides else 0, dtype=torch.float32)
 
 
 def _launch(outputs, inputs, spec: CrossEntropySpec, backend: str):
-    loss, row_max, log_sum, divisor = outputs
-    get(backend).cross_entropy_forward(loss, row_max, log_sum, divisor, None, *inputs, spec)
+    loss, row_max, row_sum, divisor = outputs
+    get(backend).cross_entropy_forward(loss, row_max, row_sum, divisor, None, *inputs, spec)
 
 
 def _allocate_grads(saved, wanted, spec: CrossEntropySpec):
@@ -99,9 +100,9 @@ cross_entropy = Operator(
     Definition(
         name="cross_entropy",
         function_name="CrossEntropyFunction",
-        outputs=("loss", "row_max", "log_sum", "divisor"),
+        outputs=("loss", "row_max", "row_sum", "divisor"),
         differentiable=("loss",),
-        saved=("logits", "target", "weight", "row_max", "log_sum", "divisor"),
+        saved=("logits", "target", "weight", "row_max", "row_sum", "divisor"),
         allocate=_allocate,
         launch=_launch,
         allocate_grads=_allocate_grads,

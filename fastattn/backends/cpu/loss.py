@@ -59,7 +59,7 @@ def _rows(tensors: Sequence[Tensor], V: int) -> tuple[Sequence[Tensor], tuple[in
 def cross_entropy_forward(
     loss: Tensor,
     row_max: Tensor | None,
-    log_sum: Tensor | None,
+    row_sum: Tensor | None,
     divisor: Tensor | None,
     dlogits: Tensor | None,
     logits: Tensor,
@@ -70,7 +70,7 @@ def cross_entropy_forward(
     """Fills loss and what there is of the others from logits, classes in dimension 1 of several or the only one."""
     V = logits.shape[min(1, logits.dim() - 1)]
     if logits.numel() == 0:
-        for t in (loss, row_max, log_sum):
+        for t in (loss, row_max, row_sum):
             if t is not None:
                 t.zero_()
         if spec.divides:
@@ -79,7 +79,7 @@ def cross_entropy_forward(
                 divisor.zero_()
         return
     facts = _Facts(target, weight, spec)
-    statistics = (_address(row_max), _address(log_sum))
+    statistics = (_address(row_max), _address(row_sum))
     divisor_at = _address(divisor) if spec.divides else 0
     _run_forward(loss, statistics, divisor_at, dlogits, logits, target, facts, 0, None, V, spec, spec.reduction)
 
@@ -120,7 +120,7 @@ def cross_entropy_backward(
     target: Tensor,
     weight: Tensor | None,
     row_max: Tensor,
-    log_sum: Tensor,
+    row_sum: Tensor,
     divisor: Tensor | None,
     spec: CrossEntropySpec,
 ) -> None:
@@ -136,7 +136,7 @@ def cross_entropy_backward(
     load().cross_entropy_backward(
         sizes, V, at[1], at[0], facts.addresses[0], at[2] if spec.probabilities else None, facts.addresses[1],
         divisor.data_ptr() if spec.divides and divisor is not None else 0, vector(dloss), int(dloss.dim() > 0),
-        (row_max.data_ptr(), log_sum.data_ptr()), _options(spec), get_num_threads(),
+        (row_max.data_ptr(), row_sum.data_ptr()), _options(spec), get_num_threads(),
     )  # fmt: skip
     if used[1].data_ptr() != into.data_ptr():
         into.copy_(used[1].view(into.shape))

@@ -155,7 +155,7 @@ def _softmax(
 def cross_entropy_forward(
     loss: Tensor,
     row_max: Tensor | None,
-    log_sum: Tensor | None,
+    row_sum: Tensor | None,
     divisor: Tensor | None,
     dlogits: Tensor | None,
     logits: Tensor,
@@ -171,7 +171,7 @@ def cross_entropy_forward(
             _fill_divisor(divisor, target, weight, logits.shape[min(1, logits.dim() - 1)], spec)
         by = divisor if spec.divides else None
         if losses.numel():
-            _loss_rows(losses, row_max, log_sum, by, dlogits, logits, target, weight, spec)
+            _loss_rows(losses, row_max, row_sum, by, dlogits, logits, target, weight, spec)
         if spec.reduction != "none":
             _add_up(loss, losses, by)
 
@@ -196,7 +196,7 @@ def _add_up(loss: Tensor, losses: Tensor, divisor: Tensor | None) -> None:
     )  # fmt: skip
 
 
-def _loss_rows(losses, row_max, log_sum, divisor, dlogits, logits, target, weight, spec: CrossEntropySpec) -> None:
+def _loss_rows(losses, row_max, row_sum, divisor, dlogits, logits, target, weight, spec: CrossEntropySpec) -> None:
     """Row losses, not reduced, and what there is of the other outputs."""
     dim = min(1, logits.dim() - 1)
     into = logits if dlogits is None else dlogits
@@ -206,13 +206,13 @@ def _loss_rows(losses, row_max, log_sum, divisor, dlogits, logits, target, weigh
     if lines is None:
         dense = None if dlogits is None else _classes_last(torch.empty_like(logits), dim)
         last = _classes_last(logits, dim)
-        _loss_rows(losses, row_max, log_sum, divisor, dense, last, target.contiguous(), weight, spec)
+        _loss_rows(losses, row_max, row_sum, divisor, dense, last, target.contiguous(), weight, spec)
         if dlogits is not None:
             dlogits.copy_(dense)
         return
     x, dx, t, row = lines.steps
     load(logits.device).cross_entropy_forward(
-        loss=_rows(losses, row), row_max=_address(row_max), log_sum=_address(log_sum), divisor=_address(divisor),
+        loss=_rows(losses, row), row_max=_address(row_max), row_sum=_address(row_sum), divisor=_address(divisor),
         dlogits=_rows(dlogits, dx), logits=_rows(logits, x), target=_target(target, t), weight=_vector(weight),
         dloss=None, M=lines.R0 * lines.R1 * lines.M, N=lines.N, R1=lines.R1, R2=lines.M,
         **_options(spec), stream=stream_of(logits),
@@ -226,7 +226,7 @@ def cross_entropy_backward(
     target: Tensor,
     weight: Tensor | None,
     row_max: Tensor,
-    log_sum: Tensor,
+    row_sum: Tensor,
     divisor: Tensor | None,
     spec: CrossEntropySpec,
 ) -> None:
@@ -241,7 +241,7 @@ def cross_entropy_backward(
         lines = lines_along(dim, (logits, dlogits, *columns))
     if lines is None:
         dense = _classes_last(torch.empty_like(logits), dim)
-        others = target.contiguous(), weight, row_max, log_sum, divisor, spec
+        others = target.contiguous(), weight, row_max, row_sum, divisor, spec
         cross_entropy_backward(dense, dloss.contiguous(), _classes_last(logits, dim), *others)
         dlogits.copy_(dense)
         return
@@ -249,7 +249,7 @@ def cross_entropy_backward(
     with torch.cuda.device_of(logits):
         load(logits.device).cross_entropy_backward(
             dlogits=_rows(dlogits, dx), dloss=_rows(dloss, dl), logits=_rows(logits, x), target=_target(target, t),
-            weight=_vector(weight), row_max=_rows(row_max, row), log_sum=log_sum.data_ptr(),
+            weight=_vector(weight), row_max=_rows(row_max, row), row_sum=row_sum.data_ptr(),
             divisor=_address(divisor) if spec.divides else 0, M=lines.R0 * lines.R1 * lines.M, N=lines.N,
             R1=lines.R1, R2=lines.M, **_options(spec), stream=stream_of(logits),
         )  # fmt: skip

@@ -309,7 +309,7 @@ def rotary_embedding(
 def cross_entropy_forward(
     loss: Tensor,
     row_max: Tensor | None,
-    log_sum: Tensor | None,
+    row_sum: Tensor | None,
     divisor: Tensor | None,
     dlogits: Tensor | None,
     logits: Tensor,
@@ -320,7 +320,7 @@ def cross_entropy_forward(
     from fastattn.backends.triton.cross_entropy import launch_forward
 
     with _on(logits):
-        launch_forward(loss, row_max, log_sum, divisor, dlogits, logits, target, weight, spec)
+        launch_forward(loss, row_max, row_sum, divisor, dlogits, logits, target, weight, spec)
 
 
 def cross_entropy_backward(dlogits: Tensor, dloss: Tensor | None, logits: Tensor, *saved) -> None:

@@ -20,6 +20,7 @@ from fastattn.backends.triton.attention_common import (
     tile_arguments,
 )
 from fastattn.backends.triton.blocks.block_range import key_range
+from fastattn.backends.triton.blocks.cast import cast
 from fastattn.backends.triton.blocks.dropout import dropout_factor
 from fastattn.backends.triton.blocks.features import Dropout
 from fastattn.backends.triton.blocks.mask import head_window, visible, window_of
@@ -106,14 +107,14 @@ def attention_backward_dbias_kernel(
     DBIAS += ((part * B_bias + b_own).to(tl.int64) * H_bias + h_own) * M_bias * N_bias
     dtype = DBIAS.dtype.element_ty
     if REDUCE_M and REDUCE_N:
-        tl.store(DBIAS, tl.sum(tl.sum(acc, 1), 0).to(dtype))
+        tl.store(DBIAS, cast(tl.sum(tl.sum(acc, 1), 0), dtype))
     elif REDUCE_M:
-        tl.store(DBIAS + n, tl.sum(acc, 0).to(dtype), mask=n < N_bias)
+        tl.store(DBIAS + n, cast(tl.sum(acc, 0), dtype), mask=n < N_bias)
     elif REDUCE_N:
-        tl.store(DBIAS + m, tl.sum(acc, 1).to(dtype), mask=m < M_bias)
+        tl.store(DBIAS + m, cast(tl.sum(acc, 1), dtype), mask=m < M_bias)
     else:
         entry = m.to(tl.int64)[:, None] * N_bias + n[None, :]
-        tl.store(DBIAS + entry, acc.to(dtype), mask=(m < M_bias)[:, None] & (n < N_bias)[None, :])
+        tl.store(DBIAS + entry, cast(acc, dtype), mask=(m < M_bias)[:, None] & (n < N_bias)[None, :])
 
 
 def run_dbias(

@@ -2,7 +2,8 @@
 
     s = softcap · tanh(x / softcap)   or x          log p_j = (s_j - max s) - log Σ exp(s_l - max s)
     loss of a row = -Σ_j q_j log p_j + z_loss · lse²          lse = max s + log Σ exp(s_l - max s)
-    dx_j = (Σ q p_j - q_j + 2 z_loss lse p_j) · ds_j / dx_j   ds / dx = 1 - (s / softcap)²  or 1
+    dx_j = (Σ q p_j - q_j + 2 z_loss lse p_j) · ds_j / dx_j   p_j = exp(s_j - max s) / Σ exp(s_l - max s)
+                                                              ds / dx = 1 - (s / softcap)²  or 1
 
     q_j = (1 - ε) w_t [j = t] + ε / N · w_j         for a class t of N, w = 1 without class weights
     q_j = w_j ((1 - ε) y_j + ε / N)                 for probabilities y
@@ -33,15 +34,17 @@ from fastattn.backends.triton.blocks.cast import cast
 from fastattn.backends.triton.blocks.constants import NEG_INF
 from fastattn.backends.triton.blocks.cross_entropy import (
     class_in_slice,
-    inner_loss,
+    entry_of_class,
     load_class,
     load_q,
     load_scores,
+    loss_beside,
     score_gradient,
+    score_of_class,
+    sum_beside,
     weight_of_class,
 )
 from fastattn.backends.triton.blocks.rows import inside, load_rows, locate_lines, store_rows
-from fastattn.backends.triton.blocks.score import tanh
 from fastattn.backends.triton.blocks.softmax import online_sum
 from fastattn.backends.triton.configs import arch_of
 from fastattn.backends.triton.row_configs import RowConfig, row_config, warp_size
@@ -56,7 +59,7 @@ SUM_BLOCK, SUM_ROUNDS, MOST_SUMS = 2048, 16, 1024
 
 @triton.jit(do_not_specialize=["ignore_index", "R1"])
 def _forward_kernel(
-    loss, row_max_out, log_sum_out, dx, x, target, weight, divisor, dloss,
+    loss, row_max_out, row_sum_out, dx, x, target, weight, divisor, dloss,
     ignore_index, smoothing, z_loss, softcap, R1, M, N,
     stride_l0, stride_l1, stride_lm,
     stride_dx0, stride_dx1, stride_dxm, stride_dxn,
@@ -78,78 +81,82 @@ def _forward_kernel(
     # Pass 1: maximum, sum, and Σ q
     row_max = tl.full((BLOCK_M,), NEG_INF, tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
-    total = (1.0 - smoothing) * w_t if not SPREAD else tl.zeros((BLOCK_M,), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
     if ONE_TILE:
         s = load_scores(x, m, n, stride_xm, stride_xn, N, read, softcap, SOFTCAP)
         row_max = tl.max(s, 1)
-        row_sum = tl.sum(tl.exp(s - row_max[:, None]), 1)
+        e = tl.exp(s - row_max[:, None])
+        row_sum = tl.sum(e, 1)
         q = load_q(
             target, weight, m, n, t, w_t, stride_tm, stride_tn, stride_w, N, N, read, smoothing,
             PROBABILITIES, SMOOTHED,
         )  # fmt: skip
         if SPREAD:
-            total = tl.sum(q, 1)
+            total = sum_beside(q, n, t)
     else:
         for start in range(0, N, BLOCK_N):
             s = load_scores(x, m, start + n, stride_xm, stride_xn, N, read, softcap, SOFTCAP)
             row_max, row_sum = online_sum(row_max, row_sum, s)
             if SPREAD:
-                total += tl.sum(load_q(
+                q = load_q(
                     target, weight, m, start + n, t, w_t, stride_tm, stride_tn, stride_w, N, N, read, smoothing,
                     PROBABILITIES, SMOOTHED,
-                ), 1)  # fmt: skip
+                )  # fmt: skip
+                total += sum_beside(q, start + n, t)
     log_sum = tl.log(row_sum)
     lse = row_max + log_sum
-    pull = 2.0 * z_loss * lse
     row_loss = poison
-    if not SPREAD:
-        at_t = tl.load(x + m * stride_xm + t.to(tl.int64) * stride_xn, mask=t >= 0, other=0.0).to(tl.float32)
-        if SOFTCAP:
-            at_t = softcap * tanh(at_t / softcap)
-        row_loss -= total * ((at_t - row_max) - log_sum)
+    if not PROBABILITIES:
+        q_t = entry_of_class(w_t, N, smoothing, SMOOTHED)
+        loss_of_class = -q_t * ((score_of_class(x, m, t, stride_xm, stride_xn, softcap, SOFTCAP) - row_max) - log_sum)
+        total += q_t
 
     # Pass 2: dx, and the loss against many classes
     if dx is not None:
         tl.debug_barrier()  # x, which dx may overwrite, has been read by every thread
         dx += r0 * stride_dx0 + r1 * stride_dx1
+        share, pull = total / row_sum, 2.0 * z_loss * lse / row_sum
         factor = 1.0 + poison
         if divisor is not None:
             factor /= tl.load(divisor)
         if dloss is not None:
             factor *= tl.load(dloss + r0 * stride_l0 + r1 * stride_l1 + m * stride_lm, mask=m < M, other=0.0)
     if ONE_TILE:
-        log_p = (s - row_max[:, None]) - log_sum[:, None]
         if SPREAD:
-            row_loss += inner_loss(q, log_p, n, N)
+            log_p = (s - row_max[:, None]) - log_sum[:, None]
+            row_loss += loss_beside(q, log_p, n, t, N)
         if dx is not None:
-            ds = score_gradient(s, log_p, q, total, pull, factor, softcap, Z_LOSS, SOFTCAP)
+            ds = score_gradient(s, e, q, share, pull, factor, softcap, Z_LOSS, SOFTCAP)
             store_rows(dx, tl.where(read[:, None], ds, 0.0), m, n, stride_dxm, stride_dxn, M, N)
     elif SPREAD or dx is not None:
         for start in range(0, N, BLOCK_N):
             s = load_scores(x, m, start + n, stride_xm, stride_xn, N, read, softcap, SOFTCAP)
-            log_p = (s - row_max[:, None]) - log_sum[:, None]
             q = load_q(
                 target, weight, m, start + n, t, w_t, stride_tm, stride_tn, stride_w, N, N, read, smoothing,
                 PROBABILITIES, SMOOTHED,
             )  # fmt: skip
             if SPREAD:
-                row_loss += inner_loss(q, log_p, start + n, N)
+                log_p = (s - row_max[:, None]) - log_sum[:, None]
+                row_loss += loss_beside(q, log_p, start + n, t, N)
             if dx is not None:
-                ds = score_gradient(s, log_p, q, total, pull, factor, softcap, Z_LOSS, SOFTCAP)
+                e = tl.exp(s - row_max[:, None])
+                ds = score_gradient(s, e, q, share, pull, factor, softcap, Z_LOSS, SOFTCAP)
                 store_rows(dx, tl.where(read[:, None], ds, 0.0), m, start + n, stride_dxm, stride_dxn, M, N)
 
+    if not PROBABILITIES:
+        row_loss += loss_of_class
     if Z_LOSS:
         row_loss += z_loss * lse * lse
     rows = r0 * stride_l0 + r1 * stride_l1 + m * stride_lm
     tl.store(loss + rows, cast(tl.where(read, row_loss, 0.0), loss.dtype.element_ty), mask=m < M)
     if row_max_out is not None:
         tl.store(row_max_out + rows, row_max, mask=m < M)
-        tl.store(log_sum_out + rows, log_sum, mask=m < M)
+        tl.store(row_sum_out + rows, row_sum, mask=m < M)
 
 
 @triton.jit(do_not_specialize=["ignore_index", "R1", "first_class"])
 def backward_kernel(
-    dx, dloss, row_max, log_sum, totals, x, target, weight, divisor,
+    dx, dloss, row_max, row_sum, totals, x, target, weight, divisor,
     ignore_index, smoothing, z_loss, softcap, R1, M, N, first_class, V,
     stride_l0, stride_l1, stride_lm,
     stride_dl0, stride_dl1, stride_dlm,
@@ -175,7 +182,7 @@ def backward_kernel(
     w_t = weight_of_class(weight, t, stride_w)
     rows = r0 * stride_l0 + r1 * stride_l1 + m * stride_lm
     highest = tl.load(row_max + rows, mask=read, other=0.0)
-    log_of_sum = tl.load(log_sum + rows, mask=read, other=0.0)
+    sum_of_row = tl.load(row_sum + rows, mask=read, other=1.0)
     factor = tl.load(dloss + r0 * stride_dl0 + r1 * stride_dl1 + m * stride_dlm, mask=read, other=0.0).to(tl.float32)
     factor += poison
     if divisor is not None:
@@ -183,24 +190,27 @@ def backward_kernel(
 
     if totals is not None:
         total = tl.load(totals + rows, mask=read, other=0.0)
-    elif not PROBABILITIES and not SMOOTHED:
-        total = w_t
     else:
         total = tl.zeros((BLOCK_M,), tl.float32)
-        for start in range(0, N, BLOCK_N):
-            total += tl.sum(load_q(
-                target, weight, m, start + n, t, w_t, stride_tm, stride_tn, stride_w, N, V, read, smoothing,
-                PROBABILITIES, SMOOTHED,
-            ), 1)  # fmt: skip
-    pull = 2.0 * z_loss * (highest + log_of_sum)
+        if PROBABILITIES or SMOOTHED:
+            for start in range(0, N, BLOCK_N):
+                q = load_q(
+                    target, weight, m, start + n, t, w_t, stride_tm, stride_tn, stride_w, N, V, read, smoothing,
+                    PROBABILITIES, SMOOTHED,
+                )  # fmt: skip
+                total += sum_beside(q, start + n, t)
+        if not PROBABILITIES:
+            total += entry_of_class(w_t, V, smoothing, SMOOTHED)
+    pull = 2.0 * z_loss * (highest + tl.log(sum_of_row)) / sum_of_row
+    share = total / sum_of_row
     for start in range(0, N, BLOCK_N):
         s = load_scores(x, m, start + n, stride_xm, stride_xn, N, read, softcap, SOFTCAP)
-        log_p = (s - highest[:, None]) - log_of_sum[:, None]
+        e = tl.exp(s - highest[:, None])
         q = load_q(
             target, weight, m, start + n, t, w_t, stride_tm, stride_tn, stride_w, N, V, read, smoothing,
             PROBABILITIES, SMOOTHED,
         )  # fmt: skip
-        ds = score_gradient(s, log_p, q, total, pull, factor, softcap, Z_LOSS, SOFTCAP)
+        ds = score_gradient(s, e, q, share, pull, factor, softcap, Z_LOSS, SOFTCAP)
         store_rows(dx, tl.where(read[:, None], ds, 0.0), m, start + n, stride_dxm, stride_dxn, M, N)
 
 
@@ -324,7 +334,7 @@ def stride_of(weight: Tensor | None) -> int:
 def launch_forward(
     loss: Tensor,
     row_max: Tensor | None,
-    log_sum: Tensor | None,
+    row_sum: Tensor | None,
     divisor: Tensor | None,
     dlogits: Tensor | None,
     logits: Tensor,
@@ -342,7 +352,7 @@ def launch_forward(
     losses = loss if spec.reduction == "none" else logits.new_empty(rows, dtype=torch.float32)
     if losses.numel():
         by = divisor if spec.divides else None
-        launch_rows(losses, row_max, log_sum, by, dlogits, logits, target, weight, spec)
+        launch_rows(losses, row_max, row_sum, by, dlogits, logits, target, weight, spec)
     if spec.reduction != "none":
         add_up(loss, losses, divisor if spec.divides else None)
 
@@ -350,7 +360,7 @@ def launch_forward(
 def launch_rows(
     losses: Tensor,
     row_max: Tensor | None,
-    log_sum: Tensor | None,
+    row_sum: Tensor | None,
     divisor: Tensor | None,
     dlogits: Tensor | None,
     logits: Tensor,
@@ -368,14 +378,14 @@ def launch_rows(
         # Five dimensions or more, through which the tensors run in different orders: rare enough to be copied.
         dense = None if dlogits is None else torch.empty_like(logits, memory_format=torch.contiguous_format)
         target = target.contiguous()
-        launch_rows(losses, row_max, log_sum, divisor, dense, logits.contiguous(), target, weight, spec, dloss)
+        launch_rows(losses, row_max, row_sum, divisor, dense, logits.contiguous(), target, weight, spec, dloss)
         if dlogits is not None and dense is not None:
             dlogits.copy_(dense)
         return
     x, dx, t, row = lines.steps
     grid, tile = tile_of(lines, logits.device)
     _forward_kernel[grid](
-        losses, row_max, log_sum, dlogits, logits, target, weight, divisor, dloss,
+        losses, row_max, row_sum, dlogits, logits, target, weight, divisor, dloss,
         *options_of(spec), lines.R1, lines.M, lines.N, *row[:3], *dx, *x, *t, stride_of(weight),
         **flags_of(spec), **tile, ONE_TILE=tile["BLOCK_N"] >= lines.N,
     )  # fmt: skip
@@ -388,7 +398,7 @@ def launch_backward(
     target: Tensor,
     weight: Tensor | None,
     row_max: Tensor,
-    log_sum: Tensor,
+    row_sum: Tensor,
     divisor: Tensor | None,
     spec: CrossEntropySpec,
     totals: Tensor | None = None,
@@ -408,13 +418,13 @@ def launch_backward(
     if lines is None:
         dense = torch.empty_like(logits, memory_format=torch.contiguous_format)
         dloss, target = dloss.contiguous(), target.contiguous()
-        launch_backward(dense, dloss, logits.contiguous(), target, weight, row_max, log_sum, divisor, spec)
+        launch_backward(dense, dloss, logits.contiguous(), target, weight, row_max, row_sum, divisor, spec)
         dlogits.copy_(dense)
         return
     x, dx, t, row, dl = lines.steps
     grid, tile = tile_of(lines, logits.device)
     backward_kernel[grid](
-        dlogits, dloss, row_max, log_sum, totals, logits, target, weight, divisor if spec.divides else None,
+        dlogits, dloss, row_max, row_sum, totals, logits, target, weight, divisor if spec.divides else None,
         *options_of(spec), lines.R1, lines.M, lines.N, first_class, lines.N if V is None else V,
         *row[:3], *dl[:3], *dx, *x, *t, stride_of(weight),
         **flags_of(spec), **tile,
@@ -443,7 +453,7 @@ def inspect_cases(arch: str) -> list[KernelCase]:
         config = config_of(N, 1 << 30, False, arch)
         outputs = {
             "loss": "*fp32", "dloss": "*fp32", "divisor": "*fp32", "dx": f"*{dtype}", "x": f"*{dtype}",
-            "row_max": "*fp32", "log_sum": "*fp32",
+            "row_max": "*fp32", "row_sum": "*fp32",
         }  # fmt: skip
         for feature, target, weighted, smoothed, extras, gradient in (
             ("plain", "i64", False, False, False, True),
@@ -457,7 +467,7 @@ def inspect_cases(arch: str) -> list[KernelCase]:
             }  # fmt: skip
             absent = {} if weighted else {"weight": None}
             pointers = outputs | {"target": f"*{target}", "weight": "*fp32"}
-            into = {"dloss": None, "row_max_out": None, "log_sum_out": None} | ({} if gradient else {"dx": None})
+            into = {"dloss": None, "row_max_out": None, "row_sum_out": None} | ({} if gradient else {"dx": None})
             whole = {"totals": None, "first_class": None}
             name = f"{feature}/{dtype}/{N}"
             cases.append(row_case(

@@ -32,13 +32,15 @@ from fastattn.backends.row_layout import lines_along
 from fastattn.backends.triton.blocks.constants import NEG_INF
 from fastattn.backends.triton.blocks.cross_entropy import (
     class_in_slice,
-    inner_loss,
+    entry_of_class,
     load_class,
     load_q,
     load_scores,
+    loss_beside,
+    score_of_class,
+    sum_beside,
     weight_of_class,
 )
-from fastattn.backends.triton.blocks.score import tanh
 from fastattn.backends.triton.blocks.softmax import finite_max, online_sum
 from fastattn.backends.triton.cross_entropy import (
     add_up,
@@ -78,7 +80,7 @@ def chunk_of(N: int, V: int, E: int, element_size: int, chunk_size: int | None) 
 
 @triton.jit(do_not_specialize=["ignore_index", "first_class"])
 def _statistics_kernel(
-    loss, row_max, log_sum, totals, x, target, weight,
+    loss, row_max, row_sum, totals, x, target, weight,
     ignore_index, smoothing, z_loss, softcap, M, N, first_class, V,
     stride_xm, stride_xn, stride_tm, stride_tn, stride_w,
     PROBABILITIES: tl.constexpr, SMOOTHED: tl.constexpr, Z_LOSS: tl.constexpr, SOFTCAP: tl.constexpr,
@@ -86,8 +88,7 @@ def _statistics_kernel(
 ):  # fmt: skip
     """One program adds N of V classes, from first_class on, to what is known of BLOCK_M rows.
 
-    totals holds Σ q of the classes so far. Until the last slice loss and log_sum hold -Σ q (s - row_max) and
-    Σ exp(s - row_max), then what they are called.
+    totals holds Σ q of the classes so far. Until the last slice loss holds -Σ q (s - row_max).
     """
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.arange(0, BLOCK_N)
@@ -97,13 +98,13 @@ def _statistics_kernel(
 
     known = read & (first_class > 0)
     highest = tl.load(row_max + m, mask=known, other=NEG_INF)
-    row_sum = tl.load(log_sum + m, mask=known, other=0.0)
+    sums = tl.load(row_sum + m, mask=known, other=0.0)
     total = tl.load(totals + m, mask=known, other=0.0)
     row_loss = tl.load(loss + m, mask=known, other=0.0)
     for start in range(0, N, BLOCK_N):
         s = load_scores(x, m, start + n, stride_xm, stride_xn, N, read, softcap, SOFTCAP)
         before = finite_max(highest)
-        highest, row_sum = online_sum(highest, row_sum, s)
+        highest, sums = online_sum(highest, sums, s)
         offset = finite_max(highest)
         row_loss += total * (offset - before)
         if PROBABILITIES or SMOOTHED:
@@ -111,25 +112,24 @@ def _statistics_kernel(
                 target, weight, m, start + n, t, w_t, stride_tm, stride_tn, stride_w, N, V, read, smoothing,
                 PROBABILITIES, SMOOTHED,
             )  # fmt: skip
-            row_loss += inner_loss(q, s - offset[:, None], start + n, N)
-            total += tl.sum(q, 1)
-    if not PROBABILITIES and not SMOOTHED:
-        at_t = tl.load(x + m * stride_xm + t.to(tl.int64) * stride_xn, mask=t >= 0, other=0.0).to(tl.float32)
-        if SOFTCAP:
-            at_t = softcap * tanh(at_t / softcap)
-        row_loss -= w_t * (at_t - finite_max(highest))
-        total += w_t
+            row_loss += loss_beside(q, s - offset[:, None], start + n, t, N)
+            total += sum_beside(q, start + n, t)
+    if not PROBABILITIES:
+        q_t = entry_of_class(w_t, V, smoothing, SMOOTHED)
+        s_t = score_of_class(x, m, t, stride_xm, stride_xn, softcap, SOFTCAP)
+        row_loss -= q_t * (s_t - finite_max(highest))
+        total += q_t
 
     if first_class + N == V:
-        row_sum = tl.log(row_sum)
-        row_loss += total * row_sum + poison
+        log_sum = tl.log(sums)
+        row_loss += total * log_sum + poison
         if Z_LOSS:
-            lse = highest + row_sum
+            lse = highest + log_sum
             row_loss += z_loss * lse * lse
         row_loss = tl.where(read, row_loss, 0.0)
     tl.debug_barrier()  # what is overwritten has been read by every thread
     tl.store(row_max + m, highest, mask=m < M)
-    tl.store(log_sum + m, row_sum, mask=m < M)
+    tl.store(row_sum + m, sums, mask=m < M)
     tl.store(totals + m, total, mask=m < M)
     tl.store(loss + m, row_loss, mask=m < M)
 
@@ -144,7 +144,7 @@ def launch_statistics(
     first_class: int,
     V: int,
 ) -> None:
-    """Adds a slice of V classes to losses and (row_max, log_sum, totals), all (rows,), contiguous and fp32."""
+    """Adds a slice of V classes to losses and (row_max, row_sum, totals), all (rows,), contiguous and fp32."""
     lines = lines_along(1, (logits, target if spec.probabilities else over_classes(target, logits, 1)))
     assert lines is not None  # of two dimensions
     (*_, stride_xm, stride_xn), (*_, stride_tm, stride_tn) = lines.steps
@@ -191,11 +191,11 @@ class _Logits:
                 yield part, dx
             return
         V = self.weight.shape[0]
-        row_max, log_sum, totals = (torch.empty_like(losses) for _ in range(3))
+        row_max, row_sum, totals = (torch.empty_like(losses) for _ in range(3))
         for part in self.slices:
             facts = self.facts(target, part)
             launch_statistics(
-                losses, (row_max, log_sum, totals), self.of(h, part), *facts, self.spec, part.start, V
+                losses, (row_max, row_sum, totals), self.of(h, part), *facts, self.spec, part.start, V
             )  # fmt: skip
         if not wanted:
             return
@@ -203,7 +203,7 @@ class _Logits:
         for part in self.slices:
             x = self.of(h, part)
             launch_slice_gradient(
-                x, dloss, x, *self.facts(target, part), row_max, log_sum, self.divisor, self.spec,
+                x, dloss, x, *self.facts(target, part), row_max, row_sum, self.divisor, self.spec,
                 totals, part.start, V,
             )  # fmt: skip
             yield part, x
@@ -306,7 +306,7 @@ def inspect_cases(arch: str) -> list[KernelCase]:
         if N < 65536:
             continue
         config = config_of(N, 1 << 30, False, arch)
-        statistics = dict.fromkeys(("loss", "row_max", "log_sum", "totals"), "*fp32")
+        statistics = dict.fromkeys(("loss", "row_max", "row_sum", "totals"), "*fp32")
         for feature, target, everything in (("plain", "i64", False), ("everything", "i64", True),
                                             ("probabilities", dtype, True)):  # fmt: skip
             pointers = statistics | {

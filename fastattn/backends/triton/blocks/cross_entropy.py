@@ -80,18 +80,43 @@ def load_q(
 
 
 @triton.jit
-def inner_loss(q, log_p, n, N):
-    """-Σ_j q_j log p_j over a tile."""
-    return -tl.sum(tl.where((n < N)[None, :], q * log_p, 0.0), 1)
+def sum_beside(q, n, t):
+    """Σ_j≠t q_j over a tile: in one sum with the entry of the class, the small ones beside it would be rounded."""
+    return tl.sum(tl.where(n[None, :] == t[:, None], 0.0, q), 1)
 
 
 @triton.jit
-def score_gradient(s, log_p, q, total, pull, factor, softcap, Z_LOSS: tl.constexpr, SOFTCAP: tl.constexpr):
-    """dx = (total · p - q + pull · p) · ds / dx · factor, with total = Σ q and pull = 2 z_loss lse."""
-    p = tl.exp(log_p)
-    dx = total[:, None] * p - q
-    if Z_LOSS:  # apart from total: where p is close to q the difference of those two is small
-        dx += pull[:, None] * p
+def entry_of_class(w_t, V, smoothing, SMOOTHED: tl.constexpr):
+    """q_t of each row's class, 0 for one without a class."""
+    if SMOOTHED:
+        return (1.0 - smoothing) * w_t + smoothing / V * w_t
+    return w_t
+
+
+@triton.jit
+def score_of_class(x, m, t, stride_m, stride_n, softcap, SOFTCAP: tl.constexpr):
+    """s_t of each row's class, 0 for one without a class."""
+    s = tl.load(x + m * stride_m + t.to(tl.int64) * stride_n, mask=t >= 0, other=0.0).to(tl.float32)
+    if SOFTCAP:
+        s = softcap * tanh(s / softcap)
+    return s
+
+
+@triton.jit
+def loss_beside(q, log_p, n, t, N):
+    """-Σ_j≠t q_j log p_j over a tile."""
+    return -tl.sum(tl.where((n < N)[None, :] & (n[None, :] != t[:, None]), q * log_p, 0.0), 1)
+
+
+@triton.jit
+def score_gradient(s, e, q, share, pull, factor, softcap, Z_LOSS: tl.constexpr, SOFTCAP: tl.constexpr):
+    """dx = (share · e - q + pull · e) · ds / dx · factor, with e = exp(s - max), of sum Σ e:
+
+    share = Σ q / Σ e and pull = 2 z_loss lse / Σ e.
+    """
+    dx = share[:, None] * e - q
+    if Z_LOSS:  # apart from share: where p is close to q the difference of those two is small
+        dx += pull[:, None] * e
     dx *= factor[:, None]
     if SOFTCAP:
         ratio = s / softcap

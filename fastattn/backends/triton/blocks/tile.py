@@ -9,7 +9,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from fastattn.backends.triton.blocks.cast import INTERPRET
+from fastattn.backends.triton.blocks.cast import INTERPRET, cast
 
 
 class Matrix(NamedTuple):
@@ -73,10 +73,10 @@ def store_tile(x, start, value, rows, n_rows, D: tl.constexpr):
     ptr = x.ptr + start.to(tl.int64) * x.stride
     dtype = x.ptr.dtype.element_ty
     keep = (rows < n_rows)[:, None]
-    tl.store(ptr + x.tile[0], value[0].to(dtype), mask=keep & (tl.arange(0, D.first) < D.n)[None, :])
+    tl.store(ptr + x.tile[0], cast(value[0], dtype), mask=keep & (tl.arange(0, D.first) < D.n)[None, :])
     if D.second != 0:
         exists = (D.first + tl.arange(0, D.second) < D.n)[None, :]
-        tl.store(ptr + x.tile[1], value[1].to(dtype), mask=keep & exists)
+        tl.store(ptr + x.tile[1], cast(value[1], dtype), mask=keep & exists)
 
 
 @triton.jit
@@ -145,5 +145,5 @@ def outer(p, y, acc, DOT: tl.constexpr):
     """acc + p y: (R, C) by (C, D) -> (R, D); p is rounded to y's type."""
     out = ()
     for i in tl.static_range(len(y)):
-        out = out + (dot(p.to(y[i].dtype), y[i], acc[i], DOT),)
+        out = out + (dot(cast(p, y[i].dtype), y[i], acc[i], DOT),)
     return out

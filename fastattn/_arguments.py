@@ -177,12 +177,10 @@ def attention_shapes(fn: str, q: Sequence[int], k: Sequence[int], v: Sequence[in
             raise ArgumentError(
                 f"{fn}: `{name}` has {axis} {shape[dim]} and `{other}` has {expected[dim]}; they must be equal."
             )
-    if k[1] == 0 or q[1] % k[1] != 0:
+    if (q[1] != 0) if k[1] == 0 else (q[1] % k[1] != 0):
         raise ArgumentError(
             f"{fn}: `q` has {q[1]} heads and `k` has {k[1]}; H must be a multiple of H_kv (grouped-query attention)."
         )
-    if q[3] == 0:
-        raise ArgumentError(f"{fn}: `q` has head dimension 0; it must be at least 1.")
 
 
 def same_float_dtype(
@@ -351,13 +349,14 @@ def attention_spec(
     if is_causal:
         right = 0 if right is None else min(right, 0)
     bias, mask, alibi, sinks, varlen = present
+    D = q[3] or 1  # scores of no width are 0: `widened` makes them those of a column of zeros
     return AttentionSpec(
         H=q[1],
         H_kv=k[1],
-        D=q[3],
+        D=D,
         D_v=v[3],
         dtype=dtypes[0],
-        scale=q[3] ** -0.5 if scale is None else float(scale),
+        scale=D**-0.5 if scale is None else float(scale),
         left=left,
         right=right,
         top_left=top_left,
@@ -370,6 +369,11 @@ def attention_spec(
         varlen=varlen,
         deterministic=deterministic,
     )
+
+
+def widened(t: Tensor) -> Tensor:
+    """q or k as `attention_spec` describes it: a head dimension of 0 becomes a column of zeros."""
+    return t if t.shape[3] else torch.nn.functional.pad(t, (0, 1))
 
 
 def check_attention_features(

@@ -77,7 +77,7 @@ class AttentionSpec:
     @property
     def G(self) -> int:
         """Query heads per key head."""
-        return self.H // self.H_kv
+        return self.H // self.H_kv if self.H_kv else 1
 
     @property
     def windowed(self) -> bool:

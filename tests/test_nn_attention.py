@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_leaves
 
 import fastattn.nn as ours
 import fastattn.nn.weights as weights_of_attention
-from fastattn.errors import ArgumentError, UnsupportedError
+from fastattn.errors import ArgumentError
+from fastattn.nn.attention import ContractError
 
 
 @dataclass(frozen=True)
@@ -297,32 +298,39 @@ def test_large_averaged_weights_keep_one_head_for_backward(held):
 
 
 X = torch.zeros(L, N, E)
+# (arguments, keywords, what torch raises, our words); the same off and on the path that returns no weights.
 BAD_CALLS = {
-    "query_dims": ((X[None], X, X), {}, AssertionError, r"query must be \(L, E\)"),
-    "key_dims": ((X, X[0], X), {}, AssertionError, "key must have 3 dimensions"),
-    "query_width": ((X[..., 1:], X, X), {}, AssertionError, "the last of size 8"),
-    "key_width": ((X, X[..., 1:], X), {}, AssertionError, "key must have .* size 8"),
-    "value_length": ((X, X, X[1:]), {}, AssertionError, "key and value must agree in length"),
-    "batch": ((X[:, 1:], X, X), {}, RuntimeError, "with query in batch size"),
-    "mask_2d": ((X, X, X), {"attn_mask": torch.zeros(L, S)}, RuntimeError, r"attn_mask .* \(5, 5\) or \(4, 5, 5\)"),
-    "mask_3d": ((X, X, X), {"attn_mask": torch.zeros(N, L, L)}, RuntimeError, r"but has shape \(2, 5, 5\)"),
-    "mask_dims": ((X, X, X), {"attn_mask": torch.zeros(L)}, AssertionError, "attn_mask must have shape"),
-    "mask_dtype": ((X, X, X), {"attn_mask": torch.zeros(L, L).long()}, AssertionError, "but is torch.int64"),
-    "padding": ((X, X, X), {"key_padding_mask": torch.zeros(L, N)}, AssertionError, r"key_padding_mask .* \(2, 5\)"),
-    "padding_dims": ((X, X, X), {"key_padding_mask": torch.zeros(L)}, AssertionError, "key_padding_mask must have"),
+    "query_dims": ((X[None], X, X), {}, AssertionError, r"Expected `query` to be \(L, E\) or batched .* it is 4-D"),
+    "key_dims": ((X, X[0], X), {}, AssertionError, "`key` and `value` to be 3-D but found 2-D and 3-D tensors resp"),
+    "value_dims": ((X[0], X[0], X), {}, AssertionError, "`key` and `value` to be 2-D but found 2-D and 3-D tensors"),
+    "query_width": ((X[..., 1:], X, X), {}, AssertionError, r"`query` to have width 8 but found shape \(5, 2, 7\)"),
+    "key_width": ((X, X[..., 1:], X), {}, AssertionError, r"`key` to have width 8 but found shape \(5, 2, 7\)"),
+    "value_length": ((X, X, X[1:]), {}, AssertionError, "`key` and `value` to agree in length"),
+    "batch": ((X[:, 1:], X, X), {}, RuntimeError, "with `query` in batch size"),
+    "mask_2d": ((X, X, X), {"attn_mask": torch.zeros(L, S)}, RuntimeError, r"`attn_mask` shape to be \(5, 5\)"),
+    "mask_3d": (
+        (X, X, X),
+        {"attn_mask": torch.zeros(N, L, L)},
+        RuntimeError,
+        r"to be \(4, 5, 5\) but found \(2, 5, 5\)",
+    ),
+    "mask_dims": ((X, X, X), {"attn_mask": torch.zeros(L)}, AssertionError, "`None`, 2-D or 3-D but found 1-D tensor"),
+    "mask_dtype": ((X, X, X), {"attn_mask": torch.zeros(L, L).long()}, AssertionError, "but found dtype torch.int64"),
+    "padding": ((X, X, X), {"key_padding_mask": torch.zeros(L, N)}, AssertionError, r"shape to be \(2, 5\) but found"),
+    "padding_dims": ((X, X, X), {"key_padding_mask": torch.zeros(L)}, AssertionError, "`None` or 2-D but found 1-D"),
     "padding_dtype": ((X, X, X), {"key_padding_mask": torch.zeros(N, L).byte()}, AssertionError, "torch.uint8"),
     "hint": ((X, X, X), {"is_causal": True}, RuntimeError, "attn_mask is needed"),
 }
 
 
+@pytest.mark.parametrize("path", ["weights", "no_weights", "eval"])
 @pytest.mark.parametrize(("args", "kwargs", "error", "message"), BAD_CALLS.values(), ids=BAD_CALLS)
-def test_refused_calls(args, kwargs, error, message):
+def test_refused_calls(args, kwargs, error, message, path):
     """In a sentence, as an error of fastattn's that is also of the type that torch raises."""
-    theirs, mine = build("MultiheadAttention", E, H)
-    with pytest.raises(error):
-        theirs(*args, **kwargs)
-    with pytest.raises(error, match=message) as info:
-        mine(*args, **kwargs)
+    kwargs = {**kwargs, "need_weights": path != "no_weights"}
+    for module, words in zip(build("MultiheadAttention", E, H), (None, message), strict=True):
+        with torch.set_grad_enabled(path != "eval"), pytest.raises(error, match=words) as info:
+            module.train(path != "eval")(*args, **kwargs)
     assert isinstance(info.value, ArgumentError)
 
 
@@ -400,5 +408,5 @@ def test_nested_batches(batch_first):
         torch.testing.assert_close(o, mha(row, row, row)[0])
     jagged = torch.nested.nested_tensor(rows, layout=torch.jagged)
     for args, kwargs in (((x, x, x), {"attn_mask": torch.zeros(L, L)}), ((jagged, jagged, jagged), {})):
-        with pytest.raises(UnsupportedError, match="pass key_padding_mask instead"):
+        with pytest.raises(ContractError, match="pass key_padding_mask instead"):
             mha(*args, **kwargs)

@@ -153,7 +153,7 @@ def test_causal_bias_objects(make, S_q, S_k):
 
 def test_causal_bias_objects_that_do_not_fit():
     q, k = make_inputs((1, 2, 6, 16), (1, 2, 9, 16))
-    with pytest.raises(ArgumentError, match="`attn_mask` is a CausalBias, so `is_causal` must be False"):
+    with pytest.raises(ArgumentError, match="CausalBias should not be used with causal=True: `attn_mask` is one"):
         fastattn.scaled_dot_product_attention(q, q, q, causal_upper_left(6, 6), is_causal=True)
     with pytest.raises(ArgumentError, match="is a CausalBias for 5 queries and 9 keys; `query` has 6 and `key` has 9"):
         fastattn.scaled_dot_product_attention(q, k, k, causal_upper_left(5, 9))

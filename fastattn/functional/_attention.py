@@ -48,6 +48,8 @@ def _attend(
         causal, left, right, scale, softcap, dropout_p, deterministic,
         bias is not None, mask is not None, alibi_slopes is not None, sinks is not None, sequences is not None,
     )  # fmt: skip
+    if q.shape[3] != spec.D:
+        q, k = check.widened(q), check.widened(k)
     cu_seqlens_q = cu_seqlens_k = max_seqlens = None
     if sequences is not None:
         cu_seqlens_q, cu_seqlens_k, *max_seqlens = sequences

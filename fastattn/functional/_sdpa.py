@@ -103,7 +103,9 @@ def sdpa_arguments(
 def causal_of(fn: str, bias: Any, query: Tensor, key: Tensor, is_causal: bool) -> str:
     """Return the alignment that a torch.nn.attention.bias.CausalBias stands for; it holds no numbers."""
     if is_causal:
-        raise check.ArgumentError(f"{fn}: `attn_mask` is a CausalBias, so `is_causal` must be False; it is True.")
+        raise check.ArgumentError(
+            f"{fn}: CausalBias should not be used with causal=True: `attn_mask` is one, so `is_causal` must be False."
+        )
     if (bias.seq_len_q, bias.seq_len_kv) != (query.shape[-2], key.shape[-2]):
         raise check.ArgumentError(
             f"{fn}: `attn_mask` is a CausalBias for {bias.seq_len_q} queries and {bias.seq_len_kv} keys; `query` has "

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastattn.errors import ArgumentError, UnsupportedError
+from fastattn.errors import ArgumentError
 from fastattn.functional import attention
 from fastattn.nn._tracing import Scriptable
 from fastattn.nn.weights import as_fast_in_torch, attend_with_weights
@@ -59,9 +59,9 @@ class MultiheadAttention(Scriptable, nn.MultiheadAttention):
     weights after dropout. A query that sees no key has weights 0 and attention output 0, where torch may give NaN.
 
     Raises:
-        ContractError: a shape or dtype that is not the above, or is_causal without attn_mask. It is an ArgumentError
-            as well as the AssertionError and the RuntimeError that torch raises in its place.
-        UnsupportedError: a nested tensor in any other use.
+        ContractError: a shape or dtype that is not the above, a nested tensor in another use, or is_causal without
+            attn_mask. It is an ArgumentError as well as the AssertionError and the RuntimeError that torch raises in
+            its place.
 
     Source: Vaswani et al. 2017, "Attention Is All You Need", section 3.2.2; interface of torch.nn.MultiheadAttention.
 
@@ -108,10 +108,10 @@ class MultiheadAttention(Scriptable, nn.MultiheadAttention):
         if self_attention and need_weights and unmasked and self._is_as_fast_in_torch(query):
             return super().forward(query, query, query, average_attn_weights=average_attn_weights)
         if query.is_nested or key.is_nested or value.is_nested:
-            if not (self_attention and unmasked) or query.layout != torch.strided:
-                raise UnsupportedError(
-                    "query, key and value may be nested only if they are one tensor of strided layout, without "
-                    "attn_mask and key_padding_mask; pad them and pass key_padding_mask instead."
+            if not (self_attention and unmasked) or query.layout != torch.strided or query.dim() != 3:
+                raise ContractError(
+                    "query, key and value may be nested only if they are one tensor of strided layout and matrices "
+                    "(L_n, E), without attn_mask and key_padding_mask; pad them and pass key_padding_mask instead."
                 )
             return self._attend_nested(query, need_weights, average_attn_weights)
         if is_causal and attn_mask is None:
@@ -222,6 +222,11 @@ class MultiheadAttention(Scriptable, nn.MultiheadAttention):
     def _attend_nested(self, x: Tensor, need_weights: bool, average: bool) -> tuple[Tensor, Tensor | None]:
         """Self-attention over a nested batch of (L_n, E): pad, hide the padding, nest again. Weights stay padded."""
         lengths = [t.shape[0] for t in x.unbind()]
+        if not any(lengths):
+            # torch pads no batch of empty sequences.
+            heads = () if average else (self.num_heads,)
+            empty = x.unbind()[0].new_zeros(len(lengths), *heads, 0, 0)
+            return x.clone(), empty if need_weights else None
         padded = x.to_padded_tensor(0.0)  # (N, L, E)
         padding = torch.arange(padded.shape[1]) >= torch.tensor(lengths)[:, None]  # (N, L)
         if not self.batch_first:
@@ -239,15 +244,18 @@ class MultiheadAttention(Scriptable, nn.MultiheadAttention):
         key_padding_mask: Tensor | None,
         attn_mask: Tensor | None,
     ) -> None:
-        if query.dim() not in (2, 3):
-            raise ContractError(f"query must be (L, E) or batched with 3 dimensions, but has shape {_shape(query)}.")
+        n = query.dim()
+        if n not in (2, 3):
+            raise ContractError(f"Expected `query` to be (L, E) or batched with 3 dimensions, but it is {n}-D.")
+        if key.dim() != n or value.dim() != n:
+            raise ContractError(
+                f"With a {n}-D `query`, expected `key` and `value` to be {n}-D but found {key.dim()}-D and "
+                f"{value.dim()}-D tensors respectively."
+            )
         for name, x, width in (("query", query, self.embed_dim), ("key", key, self.kdim), ("value", value, self.vdim)):
-            if x.dim() != query.dim() or x.shape[-1] != width:
-                raise ContractError(
-                    f"{name} must have {query.dim()} dimensions like query, the last of size {width}, "
-                    f"but has shape {_shape(x)}."
-                )
-        batched = query.dim() == 3
+            if x.shape[-1] != width:
+                raise ContractError(f"Expected `{name}` to have width {width} but found shape {_shape(x)}.")
+        batched = n == 3
         batch, length = (0, 1) if self.batch_first else (1, 0)
         if not batched:
             length = 0
@@ -255,22 +263,27 @@ class MultiheadAttention(Scriptable, nn.MultiheadAttention):
         L, S = query.shape[length], key.shape[length]
         if key.shape[:-1] != value.shape[:-1] or (batched and key.shape[batch] != N):
             raise ContractError(
-                "key and value must agree in length and batch size, and with query in batch size, but query, key and "
-                f"value have shapes {_shape(query)}, {_shape(key)} and {_shape(value)}."
+                "Expected `key` and `value` to agree in length and batch size, and with `query` in batch size, but "
+                f"found shapes {_shape(query)}, {_shape(key)} and {_shape(value)} of query, key and value."
             )
-        padding_shape = (N, S) if batched else (S,)
-        attn_shapes = ((L, S), (N * self.num_heads, L, S))
-        for name, mask, accepted in (
-            ("key_padding_mask", key_padding_mask, (padding_shape,)),
-            ("attn_mask", attn_mask, attn_shapes),
+        for name, mask, shapes in (
+            ("key_padding_mask", key_padding_mask, [(N, S) if batched else (S,)]),
+            ("attn_mask", attn_mask, [(L, S), (N * self.num_heads, L, S)]),
         ):
             if mask is None:
                 continue
             if mask.dtype != torch.bool and not mask.is_floating_point():
-                raise ContractError(f"{name} must be bool or floating-point, but is {mask.dtype}.")
-            if _shape(mask) not in accepted:
-                shapes = " or ".join(map(str, accepted))
-                raise ContractError(f"{name} must have shape {shapes}, but has shape {_shape(mask)}.")
+                raise ContractError(f"Expected `{name}` to be bool or floating-point but found dtype {mask.dtype}.")
+            shape = next((shape for shape in shapes if len(shape) == mask.dim()), None)
+            if shape is None:
+                ranks = " or ".join(f"{len(shape)}-D" for shape in shapes)
+                separator = " or " if len(shapes) == 1 else ", "
+                raise ContractError(
+                    f"With a {n}-D `query`, expected `{name}` to be `None`{separator}{ranks} but found {mask.dim()}-D "
+                    "tensor instead."
+                )
+            if _shape(mask) != shape:
+                raise ContractError(f"Expected `{name}` shape to be {shape} but found {_shape(mask)}.")
 
 
 def _be_called(module: nn.Module, args: tuple[Any, ...]) -> None:

@@ -414,8 +414,9 @@ def _is_our_attention(module: nn.Module) -> bool:
 
 def _runs_our_forward(layer: nn.Module) -> bool:
     """True if a call of the encoder layer is our forward; a subclass may have other blocks, which that hands on to."""
-    hooks = layer._forward_hooks or layer._forward_pre_hooks or _has_any_global_hook()
-    return type(layer).forward is TransformerEncoderLayer.forward and "forward" not in layer.__dict__ and not hooks
+    if getattr(type(layer), "forward", None) is not TransformerEncoderLayer.forward or "forward" in layer.__dict__:
+        return False
+    return not (layer._forward_hooks or layer._forward_pre_hooks or _has_any_global_hook())
 
 
 def _self_attention(layer: Any, mask: dict[str, Any]) -> Callable[[Tensor], Branch]:
@@ -450,7 +451,7 @@ def _to_fuse(x: Tensor, branch: Branch) -> tuple[Tensor, float]:
     y, dropout = branch
     if dropout is None:
         return y, 0.0
-    if not _is_itself(dropout, (nn.Dropout,)) or dropout.inplace or not has_kernels(x.device):
+    if not _is_itself(dropout, (nn.Dropout,)) or dropout.inplace or x.is_nested or not has_kernels(x.device):
         return dropout(y), 0.0
     return y, dropout.p if dropout.training else 0.0
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastattn.backends import get, serving
-from fastattn.ops.allocate import contiguous_like
+from fastattn.ops.allocate import contiguous_like, without_heads
 from fastattn.ops.attention_jvp import fused_tangents
 from fastattn.ops.define import Definition, Operator
 from fastattn.spec import DIFFERENTIABLE_INPUTS, AttentionInputs, AttentionSpec
@@ -40,7 +40,8 @@ def _allocate(inputs, spec: AttentionSpec):
 
 
 def _launch(outputs, inputs, spec: AttentionSpec, backend: str):
-    get(backend).attention_forward(*outputs, AttentionInputs(*inputs), spec)
+    if not without_heads(inputs[0]):
+        get(backend).attention_forward(*outputs, AttentionInputs(*inputs), spec)
 
 
 def _allocate_grads(saved, wanted, spec: AttentionSpec):
@@ -54,6 +55,11 @@ def _allocate_grads(saved, wanted, spec: AttentionSpec):
 
 def _launch_backward(grad_inputs, grads, saved, spec: AttentionSpec, backend: str):
     inputs = AttentionInputs(*(saved[name] for name in INPUTS))
+    if without_heads(inputs.q):
+        for grad in grad_inputs:
+            if grad is not None:
+                grad.zero_()
+        return
     run = serving("attention_backward", backend, spec, inputs.q.device)
     do, dlse, _ = grads
     outputs = saved["o"], saved["lse"], saved["lse_low"]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastattn.backends import serving
+from fastattn.ops.allocate import without_heads
 from fastattn.ops.define import Definition, Operator
 from fastattn.ops.differentiate import Tensors, vjp
 from fastattn.spec import DIFFERENTIABLE_INPUTS, AttentionInputs, AttentionSpec
@@ -51,6 +52,8 @@ def _definition(attention: Definition) -> Definition:
         inputs, outputs, tangents = split(tensors)
         named: dict[str, Any] = dict(zip(DIFFERENTIABLE_INPUTS, tangents, strict=True))
         x = AttentionInputs._make(inputs)
+        if without_heads(x.q):
+            return
         run = serving("attention_tangents", backend, spec, x.q.device)
         run.attention_tangents(*results, AttentionInputs(**named), x, *outputs, spec)
 

@@ -238,7 +238,9 @@ def checked_options(fn: str, probabilities: bool, ignore_index, reduction, label
         raise ArgumentError(f'{fn}: `reduction` is {reduction!r}; it must be "none", "mean" or "sum".')
     check.check_real(fn, "label_smoothing", label_smoothing)
     if not 0.0 <= label_smoothing <= 1.0:
-        raise ArgumentError(f"{fn}: `label_smoothing` is {label_smoothing}; it must be between 0 and 1.")
+        raise ArgumentError(
+            f"{fn}: `label_smoothing` is {label_smoothing}; label_smoothing must be between 0.0 and 1.0."
+        )
     check.check_real(fn, "z_loss", z_loss)
     if z_loss < 0.0:
         raise ArgumentError(f"{fn}: `z_loss` is {z_loss}; it must be 0 or more.")

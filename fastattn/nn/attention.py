@@ -110,8 +110,9 @@ class MultiheadAttention(Scriptable, nn.MultiheadAttention):
         if query.is_nested or key.is_nested or value.is_nested:
             if not (self_attention and unmasked) or query.layout != torch.strided or query.dim() != 3:
                 raise ContractError(
-                    "query, key and value may be nested only if they are one tensor of strided layout and matrices "
-                    "(L_n, E), without attn_mask and key_padding_mask; pad them and pass key_padding_mask instead."
+                    "MultiheadAttention does not support NestedTensor outside of self-attention over one tensor of "
+                    "strided layout that holds matrices (L_n, E), without attn_mask and key_padding_mask; pad it and "
+                    "pass key_padding_mask instead."
                 )
             return self._attend_nested(query, need_weights, average_attn_weights)
         if is_causal and attn_mask is None:

@@ -86,8 +86,10 @@ LONG = 1 << 21
 
 @functools.cache
 def _long_inputs() -> tuple[Tensor, ...]:
+    """x, weight and dy; x · weight has no rounding, which would be one of e^x in what is held to it."""
     x, dy = make_inputs((2, LONG), (2, LONG))
-    return x + 3.0, torch.rand(LONG, generator=torch.Generator().manual_seed(0)) + 0.5, dy + 0.3
+    weight = torch.rand(LONG, generator=torch.Generator().manual_seed(0)) + 0.5
+    return (x * 1024).round() / 1024 + 3.0, (weight * 16).round() / 16, dy + 0.3
 
 
 # Of rows as long as that: our function of x and weight, which takes the backend, and torch's
@@ -129,12 +131,17 @@ def _exact(name: str) -> tuple[Tensor, ...]:
 @EVERY_ISA
 @pytest.mark.parametrize("name", LONG_ROWS)
 def test_errors_of_long_rows(name, isa):
-    """A few units in the last place of the largest entry: they do not grow with the row."""
+    """A few units in the last place of the largest entry: they do not grow with the row.
+
+    The gradient of log_softmax takes p = e^y of the y that float32 holds, of size 8 to 16: half an ulp of that is
+    2^-21, or 4 EPS, of p.
+    """
+    bound = 5 * EPS if name == "log_softmax of columns" else 3 * EPS
     x, weight, dy = _long_inputs()
     ours = functools.partial(LONG_ROWS[name][0], backend="cpu")
     actual = gradients(ours, (x, weight), dy[:, 0] if name == "cross_entropy" else dy)
     for a, e in zip(actual, _exact(name), strict=True):
-        assert (a - e).abs().max() <= 4 * EPS * e.abs().max()
+        assert (a - e).abs().max() <= bound * e.abs().max()
 
 
 @EVERY_ISA

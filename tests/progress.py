@@ -22,11 +22,13 @@ class Progress:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_report_teststatus(self, report: pytest.TestReport) -> tuple[str, str, str] | None:
-        """No letter for what passes or is skipped."""
+        """No letter: a failure has a line of its own, and what passes or is skipped none."""
         if report.when == "call" and report.passed:
             return "passed", "", ""
         if report.skipped and not hasattr(report, "wasxfail"):
             return "skipped", "", ""
+        if report.failed:
+            return ("failed" if report.when == "call" else "error"), "", report.outcome.upper()
         return None
 
     @pytest.hookimpl(trylast=True)

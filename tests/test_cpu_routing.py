@@ -125,13 +125,13 @@ for backend, name in ((cpu, "norm_forward"), (eager, "norm")):
 small, large = torch.zeros(8, 8), torch.zeros(16384, 8)
 fastattn.layer_norm(small, 8)
 fastattn.layer_norm(large, 8)
-fastattn.layer_norm(large.requires_grad_(), 8)
+fastattn.layer_norm(small.clone().requires_grad_(), 8)
 fastattn.layer_norm(small, 8, backend="cpu")
 print(*entered)
 """
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTATTN_EMULATE")}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
-    assert done.stdout.split() == ["eager", "cpu", "eager", "cpu"], done.stderr
+    assert done.stdout.split() == ["eager", "cpu", "cpu", "cpu"], done.stderr
 
 
 def serves_compiled(op: str, n: int, dtype: torch.dtype, gradient: bool, dynamic: bool = False, **options) -> str:

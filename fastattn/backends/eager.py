@@ -39,6 +39,8 @@ from fastattn.tracing import is_plain, known_true
 NAME = "eager"
 COMPOSITE = True
 
+# torch's layer_norm adds up the gradients of weight and bias in the dtype of x: in these it is given float32.
+HALF = (torch.float16, torch.bfloat16)
 # torch's layer_norm computes dx = a dy + b x + c. In a row of few numbers the three cancel: over one column dweight,
 # which is 0, is off by roundings of Σ dy.
 SHORT_ROW = 8
@@ -102,9 +104,10 @@ def describe(spec: Spec, device: torch.device) -> str:
     feature = _beyond_torch(spec)
     if feature:
         return f"reference operations: {feature}"
-    return (
-        f"torch {spec.op}" if spec.rms else f"torch {spec.op}; reference operations for rows of fewer than {SHORT_ROW}"
-    )
+    if spec.rms:
+        return f"torch {spec.op}"
+    in_float32 = " (in float32 where a gradient may be wanted)" if spec.dtype in HALF else ""
+    return f"torch {spec.op}{in_float32}; reference operations for rows of fewer than {SHORT_ROW}"
 
 
 def _beyond_sdpa(spec: AttentionSpec, device: torch.device) -> str | None:
@@ -271,9 +274,13 @@ def norm(h: Tensor, weight: Tensor | None, bias: Tensor | None, spec: NormSpec) 
         return reference.norm(h, weight, bias, spec)
     if spec.rms:
         return _rms_norm(h, h.shape[-spec.n_dims :], weight, spec.eps)
-    if math.prod(h.shape[-spec.n_dims :]) < SHORT_ROW:
+    shape = h.shape[-spec.n_dims :]
+    if math.prod(shape) < SHORT_ROW:
         return reference.norm(h, weight, bias, spec)
-    return _layer_norm(h, h.shape[-spec.n_dims :], weight, bias, spec.eps)
+    if h.dtype in HALF and torch.is_grad_enabled():
+        w, b = (None if t is None else t.float() for t in (weight, bias))
+        return _layer_norm(h.float(), shape, w, b, spec.eps).to(h.dtype)
+    return _layer_norm(h, shape, weight, bias, spec.eps)
 
 
 def _plain_softmax(spec: SoftmaxSpec) -> bool:

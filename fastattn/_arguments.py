@@ -372,7 +372,7 @@ def attention_spec(
 
 
 def widened(t: Tensor) -> Tensor:
-    """q or k as `attention_spec` describes it: a head dimension of 0 becomes a column of zeros."""
+    """Return q or k as `attention_spec` describes it: a head dimension of 0 becomes a column of zeros."""
     return t if t.shape[3] else torch.nn.functional.pad(t, (0, 1))
 
 

@@ -31,7 +31,7 @@ CALLS: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]] = {
 
 
 def errors(name: str, dtype: torch.dtype, backend: str | None, compiled: bool = False) -> list[tuple[float, float]]:
-    """Of the output and of each gradient, over several draws: the largest error, and the root mean square."""
+    """Return the largest error and the root mean square of the output and of each gradient, over several draws."""
     function, shapes = CALLS[name]
     run = torch.compile(function, dynamic=False) if compiled else function
     squares: list[list[Tensor]] = [[] for _ in range(len(shapes) + 1)]

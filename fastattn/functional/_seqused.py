@@ -1,4 +1,4 @@
-"""Packed sequences with unused rows between them, taken together: what `seqused` asks of `varlen_attention`.
+"""Packed sequences with unused rows between them, for `seqused` of `varlen_attention`.
 
 Unused rows go behind the last sequence, where every backend leaves rows alone, and the results back to where the rows
 were. That costs a copy of q, k, v and o, and no look at a length.
@@ -21,7 +21,7 @@ class Order(NamedTuple):
 
 
 def order_of(cu_seqlens: Tensor, seqused: Tensor, T: int) -> Order:
-    """The used rows first, sequence after sequence; then the others."""
+    """Put the used rows first, sequence after sequence, then the others."""
     B, t = seqused.shape[0], torch.arange(T, device=cu_seqlens.device)
     b = torch.searchsorted(cu_seqlens, t.to(cu_seqlens.dtype), right=True) - 1  # B for rows after the last sequence
     n = torch.cat((seqused.long(), seqused.new_zeros(1).long()))[b]  # nothing of those is used
@@ -32,7 +32,7 @@ def order_of(cu_seqlens: Tensor, seqused: Tensor, T: int) -> Order:
 
 
 def taken(t: Tensor, rows: Tensor, dim: int = 0) -> Tensor:
-    """The rows of t in this order."""
+    """Return the rows of t in this order."""
     if t.dtype.itemsize == 1:  # torch does not index 8-bit floating-point numbers
         return t.view(torch.uint8).index_select(dim, rows).view(t.dtype)
     return t.index_select(dim, rows)

@@ -98,7 +98,7 @@ def _decode(tensors, scale, left, right, top_left, softcap, dropout_p) -> Attent
 
 
 def _scores(x: dict[str, Tensor | None]) -> int:
-    """How many q kᵀ has, masked ones too; of packed sequences whose lengths cannot be read, as if they were equal."""
+    """Count the entries of q kᵀ, masked ones too; packed sequences whose lengths cannot be read count as equal ones."""
     q, k, cu_q, cu_k = (x[name] for name in ("q", "k", "cu_seqlens_q", "cu_seqlens_k"))
     assert q is not None
     assert k is not None

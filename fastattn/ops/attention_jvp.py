@@ -83,7 +83,7 @@ def _definition(attention: Definition) -> Definition:
                 grad.copy_(value)
 
     def flops(inputs: dict[str, Tensor | None], spec: AttentionSpec) -> int:
-        """q kᵀ, tq kᵀ, q tkᵀ; tp v, p tv: as deep and as many as the products of the backward."""
+        """Count q kᵀ, tq kᵀ, q tkᵀ, tp v and p tv: as deep and as many as the products of the backward."""
         assert attention.backward_flops is not None
         return attention.backward_flops(inputs, (), spec)
 

@@ -158,13 +158,13 @@ def _keeps_too_little(spec: CrossEntropySpec) -> bool:
 
 
 def _times_second_derivative(u: Tensor, saved: dict[str, Tensor | None], spec: CrossEntropySpec) -> Tensor:
-    """The second derivative of the loss times u, in torch operations, of what is saved.
+    """Return the second derivative of the loss times u, in torch operations, from what is saved.
 
         dlogits = c (Q p - q),   Q = Σ q_j,   c = 1 / divisor of a row that counts, else 0
         ∂dlogits · u = c Q (p ∘ u - p (p · u))
 
     with q as in reference/cross_entropy.py, so that Q p = dlogits / c + q needs no logits. For the class of the row,
-    where that cancels, Q p is what the others leave of Q.
+    where that cancels, Q p is what the others leave of Q. Its error is that of dlogits: a rounding of c.
     """
     d, target, weight = saved["dlogits"], saved["target"], saved["weight"]
     assert d is not None

@@ -150,7 +150,7 @@ class Operator:
                 )
 
     def fixed_outputs(self, spec: Spec) -> tuple[int, ...]:
-        """The outputs without a derivative; a kept gradient that cannot be differentiated is one."""
+        """Return the outputs without a derivative; a kept gradient that cannot be differentiated is one."""
         d = self.definition
         if d.only_once is None or not d.only_once(spec):
             return self._fixed_outputs

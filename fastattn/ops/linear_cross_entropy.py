@@ -96,13 +96,13 @@ def _reference(inputs, spec: Spec):
 
 
 def _flops(inputs, spec: Spec) -> int:
-    """hidden weightᵀ, and as much for the gradient of each that the forward computes."""
+    """Count hidden weightᵀ, and as much for each gradient that the forward computes."""
     hidden, weight = inputs["hidden"], inputs["weight"]
     return 2 * hidden.numel() * weight.shape[0] * (1 + sum(spec.gradients[:2]))
 
 
 def _backward_flops(saved, wanted, spec: Spec) -> int:
-    """hidden weightᵀ again, and as much for each gradient."""
+    """Count hidden weightᵀ again, and as much for each gradient."""
     return 2 * saved["hidden"].numel() * saved["weight"].shape[0] * (1 + sum(wanted[:2]))
 
 

@@ -34,8 +34,7 @@ def offer_flop_formulas() -> None:
     from torch.utils.flop_counter import flop_registry
 
     counters = (getattr(mode, "counter", None) for mode in _get_current_dispatch_mode_stack())
-    registries = [flop_registry, *(counter.flop_registry for counter in counters if counter is not None)]
-    for registry in registries:
+    for registry in (flop_registry, *(getattr(counter, "flop_registry", {}) for counter in counters)):
         for packet, formula in _FLOP_FORMULAS.items():
             registry.setdefault(packet, formula)
 
@@ -79,12 +78,15 @@ def forward_op(op: Operator) -> torch._ops.OpOverload:
         outputs, dims = op.map(info.batch_size, in_dims[:n], call, args[:n])
         return _as_result(outputs), _as_result(dims)
 
-    def flops(*args, out_val=None, **kwargs):
-        inputs, spec, _ = parse(args)
-        assert d.flops is not None
-        return d.flops(dict(zip(op.input_names, inputs, strict=True)), spec)
+    registered = _register(d.name, schema, n, kernel, fake, differentiable, vmap)
+    if count := d.flops:
 
-    return _register(d.name, schema, n, kernel, fake, differentiable, vmap, flops if d.flops else None)
+        def flops(*args, out_val=None, **kwargs):
+            inputs, spec, _ = parse(args)
+            return count(dict(zip(op.input_names, inputs, strict=True)), spec)
+
+        _FLOP_FORMULAS[registered.overloadpacket] = flops
+    return registered
 
 
 def backward_op(op: Operator) -> torch._ops.OpOverload:
@@ -117,24 +119,19 @@ def backward_op(op: Operator) -> torch._ops.OpOverload:
 
         return op.map(info.batch_size, in_dims[:n], call, args[:n])
 
-    def flops(*args, out_val=None, **kwargs):
-        saved, wanted, spec, _ = parse(args)
-        assert d.backward_flops is not None
-        return d.backward_flops(dict(zip(d.saved, saved, strict=True)), wanted, spec)
+    registered = _register(f"{d.name}_backward", schema, n, kernel, fake, differentiable, vmap)
+    if count := d.backward_flops:
 
-    formula = flops if d.backward_flops else None
-    return _register(f"{d.name}_backward", schema, n, kernel, fake, differentiable, vmap, formula)
+        def flops(*args, out_val=None, **kwargs):
+            saved, wanted, spec, _ = parse(args)
+            return count(dict(zip(d.saved, saved, strict=True)), wanted, spec)
+
+        _FLOP_FORMULAS[registered.overloadpacket] = flops
+    return registered
 
 
 def _register(
-    name: str,
-    schema: str,
-    n_tensors: int,
-    kernel: Callable,
-    fake: Callable,
-    differentiable: Callable,
-    vmap: Callable,
-    flops: Callable[..., int] | None,
+    name: str, schema: str, n_tensors: int, kernel: Callable, fake: Callable, differentiable: Callable, vmap: Callable
 ) -> torch._ops.OpOverload:
     qualified = f"fastattn::{name}"
     torch.library.define(qualified, schema, lib=_LIBRARY, tags=(torch.Tag.pt2_compliant_tag,))
@@ -158,8 +155,6 @@ def _register(
     torch.library.register_fake(qualified, fake, lib=_LIBRARY)
     torch.library.register_vmap(qualified, vmap, lib=_LIBRARY)
     _LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)
-    if flops is not None:
-        _FLOP_FORMULAS[getattr(torch.ops.fastattn, name)] = flops
     return op
 
 

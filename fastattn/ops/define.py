@@ -84,11 +84,10 @@ class Definition:
     # (grads, saved by name, wanted, spec) -> gradients: what a compiler is shown instead of a kernel, because in torch
     # operations it is fused with its neighbours
     passed: tuple[str, str] | None = None  # (input, output): the gradient of the one is that of the other, unchanged
-    flops: Callable[[dict[str, Tensor | None], Any], int] | None = None  # (inputs by name, spec) -> operations of the
-    # matrix products, as torch.utils.flop_counter counts them
-    backward_flops: Callable[[dict[str, Tensor | None], Sequence[bool], Any], int] | None = (
-        None  # (saved, wanted, spec)
-    )
+    # Operations of the matrix products, as torch.utils.flop_counter counts them: (inputs by name, spec) and
+    # (saved by name, wanted, spec) -> a number; None: there is nothing to count.
+    flops: Callable[[dict[str, Tensor | None], Any], int] | None = None
+    backward_flops: Callable[[dict[str, Tensor | None], Sequence[bool], Any], int] | None = None
     recycled: tuple[str, str] | None = None  # (input, saved output): the gradient of the one may take the memory of the
     # other once nobody can ask for it again; the launcher is then given one tensor for both
 

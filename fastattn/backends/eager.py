@@ -137,6 +137,13 @@ def _finite(t: Tensor) -> bool:
     return math.isfinite(t.sum(dtype=torch.float32 if t.dtype.itemsize < 4 else None).item())
 
 
+def _gradient_may_be_wanted(*inputs: Tensor | None) -> bool:
+    """True if autograd records a call on these, or a transform or a compiler may differentiate it."""
+    if not torch.is_grad_enabled():
+        return False
+    return not is_plain(*inputs) or any(t is not None and t.requires_grad for t in inputs)
+
+
 def _nothing_can_leak(*inputs: Tensor) -> bool:
     """Whether the inputs can be looked at, and are finite."""
     return is_plain(*inputs) and inputs[0].is_cpu and all(map(_finite, inputs))
@@ -184,8 +191,7 @@ def _one_by_one(x: AttentionInputs, spec: AttentionSpec) -> bool:
     if not (x.cu_seqlens_q.is_cpu and is_plain(*x[:3], x.cu_seqlens_q, x.cu_seqlens_k)) or x.B == 0:
         return False
     longest_q, longest_k = (int(t.diff().amax()) for t in (x.cu_seqlens_q, x.cu_seqlens_k))
-    gradient = torch.is_grad_enabled() and any(t.requires_grad for t in x[:3] if t is not None)
-    return spec.H * longest_q * longest_k > SCORES_OF_A_CALL[gradient]
+    return spec.H * longest_q * longest_k > SCORES_OF_A_CALL[_gradient_may_be_wanted(*x[:3])]
 
 
 def _each_sequence(x: AttentionInputs, spec: AttentionSpec, return_lse: bool) -> tuple[Tensor, Tensor | None]:
@@ -277,7 +283,7 @@ def norm(h: Tensor, weight: Tensor | None, bias: Tensor | None, spec: NormSpec) 
     shape = h.shape[-spec.n_dims :]
     if math.prod(shape) < SHORT_ROW:
         return reference.norm(h, weight, bias, spec)
-    if h.dtype in HALF and torch.is_grad_enabled():
+    if h.dtype in HALF and _gradient_may_be_wanted(h, weight, bias):
         w, b = (None if t is None else t.float() for t in (weight, bias))
         return _layer_norm(h.float(), shape, w, b, spec.eps).to(h.dtype)
     return _layer_norm(h, shape, weight, bias, spec.eps)

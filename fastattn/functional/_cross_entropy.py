@@ -188,9 +188,7 @@ def loss_spec(
             f"{fn}: `target` has dtype {check.dtype_name(target[1])}; it must be an integer one, for classes, "
             "or floating-point, for probabilities."
         )
-    expected = tuple(shape) if probabilities else rows
-    if tuple(target[0]) != expected:
-        raise ArgumentError(wrong_target(fn, target, rows, tuple(shape)))
+    check_target_shape(fn, target, rows, tuple(shape))
     loss_dtype = torch.promote_types(dtype, target[1]) if probabilities else dtype
     if weight is not None:
         check.check_float_dtype(fn, weight_name, weight[1])
@@ -209,17 +207,18 @@ def loss_spec(
     )  # fmt: skip
 
 
-def wrong_target(fn: str, target: tuple, classes: tuple, probabilities: tuple) -> str:
-    """Say what shape the target must have; one of the other kind's shape may have the wrong dtype instead."""
+def check_target_shape(fn: str, target: tuple, classes: tuple, probabilities: tuple) -> None:
+    """Refuse a target of another shape; one of the other kind's shape may have the wrong dtype instead."""
     shape, dtype = tuple(target[0]), target[1]
     if dtype.is_floating_point:
         expected, other, what = probabilities, classes, "that of the logits, for probabilities"
-        instead = f"; classes, which have that shape, must be integers, and it has dtype {check.dtype_name(dtype)}"
+        instead = "; classes, which have that shape, must be integers"
     else:
         expected, other, what = classes, probabilities, "one class per row"
-        instead = f"; probabilities, which have that shape, must be floating-point; it has {check.dtype_name(dtype)}"
-    hint = instead if shape == other else ""
-    return f"{fn}: `target` has shape {shape}; it must be {expected}, {what}{hint}."
+        instead = "; probabilities, which have that shape, must be floating-point"
+    if shape != expected:
+        hint = f"{instead}, and it has dtype {check.dtype_name(dtype)}" if shape == other else ""
+        raise ArgumentError(f"{fn}: `target` has shape {shape}; it must be {expected}, {what}{hint}.")
 
 
 def checked_options(fn: str, probabilities: bool, ignore_index, reduction, label_smoothing, z_loss, softcap) -> tuple:
@@ -429,9 +428,7 @@ def linear_cross_entropy_spec(
     # Rows may have any number of dimensions; with the classes last they are those of `loss_spec` as (N, V).
     lead, N = tuple(hidden[0][:-1]), hidden[0][:-1].numel()
     probabilities = target[1].is_floating_point
-    expected = (*lead, V) if probabilities else lead
-    if tuple(target[0]) != expected:
-        raise ArgumentError(wrong_target(fn, target, lead, (*lead, V)))
+    check_target_shape(fn, target, lead, (*lead, V))
     flat = (torch.Size((N, V) if probabilities else (N,)), *target[1:])
     logits = (torch.Size((N, V)), *hidden[1:])
     loss = loss_spec(fn, logits, flat, class_weight, options, under_autocast, differentiates, "class_weight")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -184,6 +186,52 @@ def test_in_place(case, backend, device):
 
     for key, t in run(over, xs, dys, F32).items():
         assert torch.equal(t, expected[key]), key
+
+
+def _numbers(*shape: int) -> Tensor:
+    return torch.arange(1.0, math.prod(shape) + 1).sin().reshape(shape)
+
+
+# (B, H, S, D) or packed (T, H, D), as models hold them
+IN_PLACE = {
+    "contiguous": lambda: _numbers(2, 3, 5, 8),
+    "heads_inside": lambda: _numbers(2, 5, 3, 8).transpose(1, 2),
+    "sequence_first": lambda: _numbers(5, 2, 3, 8).permute(1, 2, 0, 3),
+    "slice_of_qkv": lambda: _numbers(2, 5, 3, 3, 8)[:, :, 1].transpose(1, 2),
+    "part_of_the_width": lambda: _numbers(2, 3, 5, 12)[..., 2:10],
+    "strided_width": lambda: _numbers(2, 3, 5, 16)[..., ::2],
+    "width_outermost": lambda: _numbers(8, 2, 3, 5).permute(1, 2, 3, 0),
+    "every_other_token": lambda: _numbers(2, 3, 10, 8)[:, :, ::2],
+    "every_other_head": lambda: _numbers(2, 6, 5, 8)[:, ::2],
+    "unaligned": lambda: _numbers(2 * 3 * 5 * 8 + 1)[1:].reshape(2, 3, 5, 8),
+    "one_token": lambda: _numbers(2, 3, 1, 8),
+    "one_head": lambda: _numbers(2, 1, 5, 8),
+    "packed": lambda: _numbers(5, 3, 8),
+    "packed_heads_outermost": lambda: _numbers(3, 5, 8).transpose(0, 1),
+    "packed_slice_of_qkv": lambda: _numbers(5, 3, 3, 8)[:, 1],
+}
+
+
+@pytest.mark.parametrize("backend", ["triton", "cpu", "eager"])
+@pytest.mark.parametrize("width", [4, 2], ids=["whole", "partial"])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("layout", IN_PLACE)
+def test_in_place_returns_the_tensor_itself(layout, interleaved, width, backend, device):
+    """In every layout, and leaves alone what lies between its numbers."""
+    if why := fastattn.backends.get(backend).available(device):
+        pytest.skip(why)
+    x = IN_PLACE[layout]().to(device)
+    owner = x if x._base is None else x._base
+    before, inside = owner.clone(), torch.zeros(owner.shape, dtype=torch.bool, device=device)
+    inside.as_strided(x.shape, x.stride(), x.storage_offset()).fill_(True)
+    angles = _numbers(5, width).to(device)
+    packed = {"cu_seqlens": torch.tensor([0, 2, 5], device=device)} if x.dim() == 3 else {}
+    call = partial(fastattn.rotary_embedding, cos=angles.cos(), sin=angles.sin(), interleaved=interleaved, **packed)
+    expected = call(x.clone(), backend="reference")
+    y = call(x, backend=backend, inplace=True)
+    assert y is x
+    torch.testing.assert_close(x, expected)
+    assert torch.equal(owner[~inside], before[~inside])
 
 
 def test_positions_outside_of_the_table_are_nan(device):
